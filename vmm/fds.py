@@ -1,0 +1,173 @@
+"""Fds have names: the store that owns every fd of a machine, and the check of what an fd really is.
+
+Cold start and handover are the same code: a part asks `get_or_open(name, id, opener)` and is handed either the fd that came
+from the previous VMM or a new one. The store closes what it owns; nobody else does. (QEMU's `cpr_save_fd` has the same idea.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from vmm.errors import StateError, VmmError
+
+RAM_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+class FdKind(Enum):
+    """What an fd is, read from the kernel and never from its name."""
+
+    MEMFD = "memfd"
+    SOCKET = "socket"
+    PIPE = "pipe"
+    TTY = "tty"
+    CHARACTER = "character device"
+    BLOCK = "block device"
+    FILE = "file"
+    EVENTFD = "eventfd"
+    KVM_VM = "kvm-vm"
+    KVM_VCPU = "kvm-vcpu"
+    OTHER = "other"
+
+
+STREAMS = frozenset({FdKind.SOCKET, FdKind.PIPE, FdKind.TTY, FdKind.CHARACTER, FdKind.FILE})
+
+# The kinds that a name may stand for; a received fd of another kind is refused.
+EXPECTED_KINDS: dict[str, frozenset[FdKind]] = {
+    "ram": frozenset({FdKind.MEMFD}),
+    "state": frozenset({FdKind.MEMFD}),
+    "token": frozenset({FdKind.MEMFD}),
+    "vm": frozenset({FdKind.KVM_VM}),
+    "vcpu": frozenset({FdKind.KVM_VCPU}),
+    "irqfd": frozenset({FdKind.EVENTFD}),
+    "serial": STREAMS,
+    "serial-out": STREAMS,
+    "serial-listen": frozenset({FdKind.SOCKET}),
+    "qmp": frozenset({FdKind.SOCKET}),
+}
+
+
+@dataclass(frozen=True)
+class FdIdentity:
+    """What the kernel says of an fd: its kind, its size in bytes and its seals (both 0 where it has none)."""
+
+    kind: FdKind
+    size: int
+    seals: int
+
+
+_ANON_INODES = {
+    "anon_inode:kvm-vm": FdKind.KVM_VM,
+    "anon_inode:[eventfd]": FdKind.EVENTFD,
+}
+_VCPU_INODE = re.compile(r"anon_inode:kvm-vcpu(:\d+)?")
+
+
+def identify(fd: int) -> FdIdentity:
+    """Ask the kernel what `fd` is (fstat, /proc/self/fd, F_GET_SEALS). Raises OSError for a closed fd."""
+    info = os.fstat(fd)
+    target = os.readlink(f"/proc/self/fd/{fd}")
+    if target in _ANON_INODES:
+        return FdIdentity(_ANON_INODES[target], 0, 0)
+    if _VCPU_INODE.fullmatch(target):
+        return FdIdentity(FdKind.KVM_VCPU, 0, 0)
+    if stat.S_ISREG(info.st_mode):
+        if target.startswith("/memfd:"):
+            return FdIdentity(FdKind.MEMFD, info.st_size, fcntl.fcntl(fd, fcntl.F_GET_SEALS))
+        return FdIdentity(FdKind.FILE, info.st_size, 0)
+    if stat.S_ISCHR(info.st_mode):
+        return FdIdentity(FdKind.TTY if os.isatty(fd) else FdKind.CHARACTER, 0, 0)
+    for test, kind in ((stat.S_ISSOCK, FdKind.SOCKET), (stat.S_ISFIFO, FdKind.PIPE), (stat.S_ISBLK, FdKind.BLOCK)):
+        if test(info.st_mode):
+            return FdIdentity(kind, 0, 0)
+    return FdIdentity(FdKind.OTHER, 0, 0)
+
+
+def check_received(name: str, index: int, fd: int, size: int | None = None) -> FdIdentity:
+    """Check that a received fd is what its name claims; memfds must be sealed and, where `size` is given, of that size.
+
+    Raises StateError that names the fd, what was expected and what came.
+    """
+    identity = identify(fd)
+    expected = EXPECTED_KINDS.get(name)
+    if expected is None:
+        raise StateError(f"fd {name}/{index}: this VMM knows no fd of that name; hand over to a VMM of the same version")
+    if identity.kind not in expected:
+        kinds = " or ".join(sorted(kind.value for kind in expected))
+        raise StateError(f"fd {name}/{index} is a {identity.kind.value} where a {kinds} was expected; refused")
+    if identity.kind is FdKind.MEMFD:
+        if identity.seals & RAM_SEALS != RAM_SEALS:
+            raise StateError(f"fd {name}/{index} is not sealed against shrinking and growing; refused")
+        if size is not None and identity.size != size:
+            raise StateError(f"fd {name}/{index} has {identity.size} bytes where {size} were expected; refused")
+    return identity
+
+
+def sealed_memfd(name: str, size: int, flags: int = 0) -> int:
+    """A new close-on-exec memfd of `size` bytes, zeroed, sparse, sealed against shrinking and growing."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, RAM_SEALS | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+class FdStore:
+    """Maps `(name, id)` to an fd and owns closing it. Not thread-safe: used by the main thread and before vCPUs run."""
+
+    def __init__(self) -> None:
+        self._fds: dict[tuple[str, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def items(self) -> Iterator[tuple[str, int, int]]:
+        """Every `(name, id, fd)`, in the order of insertion."""
+        return iter([(name, index, fd) for (name, index), fd in self._fds.items()])
+
+    def add(self, name: str, index: int, fd: int) -> int:
+        """Take ownership of `fd`. A name that is taken is an error in the caller."""
+        if (name, index) in self._fds:
+            raise VmmError(f"fd {name}/{index} exists already")
+        self._fds[name, index] = fd
+        return fd
+
+    def find(self, name: str, index: int = 0) -> int | None:
+        """The fd of that name, or None."""
+        return self._fds.get((name, index))
+
+    def get(self, name: str, index: int = 0) -> int:
+        """The fd of that name; StateError where there is none."""
+        fd = self.find(name, index)
+        if fd is None:
+            raise StateError(f"fd {name}/{index} is missing from the fd table")
+        return fd
+
+    def get_or_open(self, name: str, index: int, opener: Callable[[], int]) -> int:
+        """The fd of that name; where there is none, `opener()`'s, from then on under that name."""
+        fd = self.find(name, index)
+        return self.add(name, index, opener()) if fd is None else fd
+
+    def take(self, name: str, index: int = 0) -> int | None:
+        """Give up ownership of that fd without closing it; None where there is none."""
+        return self._fds.pop((name, index), None)
+
+    def remove(self, name: str, index: int = 0) -> None:
+        """Close that fd and forget it; nothing happens where there is none."""
+        fd = self.take(name, index)
+        if fd is not None:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close every fd."""
+        while self._fds:
+            _, fd = self._fds.popitem()
+            os.close(fd)

@@ -1,0 +1,173 @@
+"""The only way to reach KVM: every ioctl of this package goes through a `Port`.
+
+Linux binds a VM to the address space that created it and answers EIO to any other (`kvm->mm != current->mm`, in
+virt/kvm/kvm_main.c). `DirectPort` issues the calls in this process; another port may have them carried out in the
+process that owns the VM. So whatever an argument points to must be said by the protocol's own methods
+(`set_user_memory`, `get_attr`, `get_dirty_log`), and an fd inside a structure is named by `Ioctl.fds`.
+
+A port must never retry a call, and never keep an argument after the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from ctypes import addressof, byref, get_errno
+from typing import Any, Final, Protocol
+
+from vmm.kvm import abi
+from vmm.kvm.abi import Ioctl
+
+Argument = ctypes.Structure | ctypes.Array[Any] | bytearray | int
+Bitmap = ctypes.Array[Any] | bytearray
+
+
+class IoctlError(OSError):
+    """An ioctl failed. `errno` is the kernel's, `request` the ioctl; EINTR and EAGAIN have classes of their own."""
+
+    def __init__(self, number: int, request: Ioctl) -> None:
+        super().__init__(number, f"{request.name}: {os.strerror(number)}")
+        self.request = request
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ioctl_error, (self.errno, self.request)
+
+
+class IoctlInterrupted(IoctlError, InterruptedError):
+    """EINTR: a signal was pending, or `immediate_exit` was set."""
+
+
+class IoctlBlocked(IoctlError, BlockingIOError):
+    """EAGAIN: not now."""
+
+
+def ioctl_error(number: int, request: Ioctl) -> IoctlError:
+    """The exception for errno `number` of `request`; a BlockingIOError or InterruptedError as well, where it is one."""
+    if number == errno.EINTR:
+        return IoctlInterrupted(number, request)
+    if number == errno.EAGAIN:
+        return IoctlBlocked(number, request)
+    return IoctlError(number, request)
+
+
+class Port(Protocol):
+    """Carries out ioctls on KVM fds. `fd`s are those of this process. All but `run` raise IoctlError."""
+
+    def ioctl(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
+        """One ioctl; returns what the kernel returned (>= 0).
+
+        `arg` is passed by value if an int, else by reference: the kernel may read and write all of it (the direction
+        in the request's number is not to be relied on). It holds no addresses; its fds are those `request.fds` names.
+        """
+        ...
+
+    def create(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
+        """An ioctl whose result is a new fd, owned by the caller and close-on-exec."""
+        ...
+
+    def get_attr(self, fd: int, group: int, attr: int) -> int:
+        """KVM_GET_DEVICE_ATTR of a u64 attribute. ENXIO: there is no such attribute."""
+        ...
+
+    def set_attr(self, fd: int, group: int, attr: int, value: int) -> None:
+        """KVM_SET_DEVICE_ATTR of a u64 attribute."""
+        ...
+
+    def has_attr(self, fd: int, group: int, attr: int) -> bool:
+        """KVM_HAS_DEVICE_ATTR."""
+        ...
+
+    def set_user_memory(
+        self, vm_fd: int, slot: int, flags: int, gpa: int, size: int, hva: int, memfd: int, offset: int
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION; size 0 deletes the slot.
+
+        The memory is `memfd` at `offset`, which this process has mapped at `hva`. A port whose calls happen in another
+        address space maps the memfd there and ignores `hva`; `DirectPort` uses `hva` and ignores the other two.
+        """
+        ...
+
+    def get_dirty_log(self, vm_fd: int, slot: int, bitmap: Bitmap) -> None:
+        """KVM_GET_DIRTY_LOG into `bitmap`: one bit a page, rounded up to whole 64-bit words, or it is overrun."""
+        ...
+
+    def run(self, vcpu_fd: int) -> bool:
+        """KVM_RUN. True: an exit is to be served. False: kicked (EINTR), or an INIT or SIPI woke it (EAGAIN)."""
+        ...
+
+
+_KICKED: Final = frozenset({errno.EINTR, errno.EAGAIN})
+
+
+class DirectPort:
+    """ioctl(2) in this process.
+
+    It calls the C library through ctypes rather than `fcntl.ioctl`, which copies small arguments, keeps the GIL for
+    those over 1024 bytes, and turns each kick into an exception. Here the kernel works on the caller's own memory, the
+    GIL is dropped for every call, and a kick costs nothing.
+    """
+
+    def __init__(self) -> None:
+        call = ctypes.CDLL(None, use_errno=True).ioctl
+        call.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+        call.restype = ctypes.c_int
+        self._call = call
+        self._run_number = abi.KVM_RUN.number
+
+    def ioctl(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
+        pointer: Any
+        if isinstance(arg, int):
+            pointer = arg
+        elif isinstance(arg, bytearray):
+            pointer = byref((ctypes.c_char * len(arg)).from_buffer(arg))
+        else:
+            pointer = byref(arg)
+        result: int = self._call(fd, request.number, pointer)
+        if result < 0:
+            raise ioctl_error(get_errno(), request)
+        return result
+
+    def create(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
+        created = self.ioctl(fd, request, arg)
+        os.set_inheritable(created, False)  # KVM_GET_STATS_FD does not give close-on-exec by itself
+        return created
+
+    def _attr(self, fd: int, request: Ioctl, group: int, attr: int, value: int) -> int:
+        word = ctypes.c_uint64(value)
+        self.ioctl(fd, request, abi.kvm_device_attr(0, group, attr, addressof(word)))
+        return word.value
+
+    def get_attr(self, fd: int, group: int, attr: int) -> int:
+        return self._attr(fd, abi.KVM_GET_DEVICE_ATTR, group, attr, 0)
+
+    def set_attr(self, fd: int, group: int, attr: int, value: int) -> None:
+        self._attr(fd, abi.KVM_SET_DEVICE_ATTR, group, attr, value)
+
+    def has_attr(self, fd: int, group: int, attr: int) -> bool:
+        try:
+            self._attr(fd, abi.KVM_HAS_DEVICE_ATTR, group, attr, 0)
+        except IoctlError as error:
+            if error.errno in (errno.ENXIO, errno.ENOTTY):
+                return False
+            raise
+        return True
+
+    def set_user_memory(
+        self, vm_fd: int, slot: int, flags: int, gpa: int, size: int, hva: int, memfd: int, offset: int
+    ) -> None:
+        region = abi.kvm_userspace_memory_region(slot, flags, gpa, size, hva)
+        self.ioctl(vm_fd, abi.KVM_SET_USER_MEMORY_REGION, region)
+
+    def get_dirty_log(self, vm_fd: int, slot: int, bitmap: Bitmap) -> None:
+        memory = (ctypes.c_char * memoryview(bitmap).nbytes).from_buffer(bitmap)
+        log = abi.kvm_dirty_log(slot=slot, dirty_bitmap=addressof(memory))
+        self.ioctl(vm_fd, abi.KVM_GET_DIRTY_LOG, log)
+
+    def run(self, vcpu_fd: int) -> bool:
+        if self._call(vcpu_fd, self._run_number, None) == 0:
+            return True
+        number = get_errno()
+        if number in _KICKED:
+            return False
+        raise ioctl_error(number, abi.KVM_RUN)

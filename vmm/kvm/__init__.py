@@ -1,7 +1,7 @@
 """Typed bindings for /dev/kvm, usable without the rest of `vmm`: docs/kvm-library.md begins with an example.
 
-The ctypes structures, constants and ioctl numbers are in `vmm.kvm.abi`. This module must never do anything but name
-what is public.
+The ctypes structures, constants and ioctl numbers are in `vmm.kvm.abi`. This module must never do anything
+but name what is public.
 """
 
 from __future__ import annotations

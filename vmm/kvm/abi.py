@@ -1,9 +1,10 @@
 """The kernel's KVM interface on x86-64, as ctypes: structures, constants and ioctl numbers, and nothing else.
 
-Names are the kernel's own (`include/uapi/linux/kvm.h`, `arch/x86/include/uapi/asm/kvm.h`): a class `kvm_regs` is
-`struct kvm_regs`. A part that the kernel left unnamed, such as `struct { ... } io` inside `struct kvm_run`, has
-a CamelCase name here. What a comment dates (`Linux 6.8`) is newer than Linux 6.1; all else is older.
-`tests/abi` compares every size, offset, constant and ioctl number with the C compiler's view of the kernel's header.
+Names are the kernel's own (`include/uapi/linux/kvm.h`, `arch/x86/include/uapi/asm/kvm.h`): a class `kvm_regs`
+is `struct kvm_regs`. A part that the kernel left unnamed, such as `struct { ... } io` inside `struct
+kvm_run`, has a CamelCase name here. What a comment dates (`Linux 6.8`) is newer than Linux 6.1; all else is
+older. `tests/abi` compares every size, offset, constant and ioctl number with the C compiler's view of the
+kernel's header.
 
 A structure's fields are its annotations: `rip: u64` is an int to a type checker, a `__u64` to the kernel, and
 `indices: Annotated[Array[c_uint32], 0]` is a C array (length 0: the flexible array member, see `sized`).
@@ -46,7 +47,7 @@ _Structure = TypeVar("_Structure", bound=Structure)
 
 
 def _field(name: str, hint: Any) -> tuple[Any, ...]:
-    """One `_fields_` entry. `hint` is a structure, Annotated[int, ctype(, bits)] or Annotated[Array[ctype], length]."""
+    """One `_fields_` entry. The hint is a structure, or Annotated as the module's docstring says."""
     if not hasattr(hint, "__metadata__"):
         return name, hint
     if hint.__origin__ is int:
@@ -60,7 +61,7 @@ def _field(name: str, hint: Any) -> tuple[Any, ...]:
 
 
 def _layout(cls: _Aggregate) -> _Aggregate:
-    """Class decorator: gives a ctypes structure or union its `_fields_` from its annotations, in their order."""
+    """Class decorator: makes `_fields_` of a structure's or union's annotations, in their order."""
     hints = get_type_hints(cls, include_extras=True)
     cls._fields_ = [_field(name, hints[name]) for name in cls.__annotations__]
     return cls
@@ -90,8 +91,8 @@ def _sized(base: Any, count: int) -> Any:
 class Direction(IntFlag):
     """Which way an ioctl's number says that data flows, as seen from user space.
 
-    It is part of the number and no more than that: KVM_SET_IRQCHIP says READ and writes, KVM_GET_DIRTY_LOG and
-    KVM_GET_DEVICE_ATTR say WRITE and read through a pointer.
+    It is part of the number and no more than that: KVM_SET_IRQCHIP says READ and writes, KVM_GET_DIRTY_LOG
+    and KVM_GET_DEVICE_ATTR say WRITE and read through a pointer.
     """
 
     NONE = 0
@@ -808,7 +809,7 @@ class NestedHeader(Union):
 
 @_layout
 class kvm_nested_state(Structure):
-    """`sized(kvm_nested_state, n)`: as many bytes in all as KVM_CAP_NESTED_STATE says, this header's 128 included."""
+    """A header of 128 bytes; `sized` to as many in all as KVM_CAP_NESTED_STATE says."""
 
     flags: u16
     format: u16
@@ -983,7 +984,8 @@ class SyncArea(Union):
 class kvm_run(Structure):
     """The page shared with the kernel at the start of a vCPU fd's mapping.
 
-    `run.io` and `run.exit.io` are the same: the kernel's union has no name, and the second form is the typed one.
+    `run.io` and `run.exit.io` are the same: the kernel's union has no name, and the second form is the typed
+    one.
     """
 
     _anonymous_ = ("exit",)
@@ -1195,7 +1197,7 @@ class kvm_pit_channel_state(Structure):
     mode: u8
     bcd: u8
     gate: u8
-    count_load_time: s64  # ns, CLOCK_BOOTTIME of the host
+    count_load_time: s64  # ns, CLOCK_MONOTONIC of the host
 
 
 @_layout

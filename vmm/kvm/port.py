@@ -1,8 +1,8 @@
 """The only way to reach KVM: every ioctl of this package goes through a `Port`.
 
-Linux binds a VM to the address space that created it and answers EIO to any other (`kvm->mm != current->mm`, in
-virt/kvm/kvm_main.c). `DirectPort` issues the calls in this process; another port may have them carried out in the
-process that owns the VM. So whatever an argument points to must be said by the protocol's own methods
+Linux binds a VM to the address space that created it and answers EIO to any other (`kvm->mm != current->mm`,
+in virt/kvm/kvm_main.c). `DirectPort` issues the calls in this process; another port may have them carried out
+in the process that owns the VM. So whatever an argument points to must be said by the protocol's own methods
 (`set_user_memory`, `get_attr`, `get_dirty_log`), and an fd inside a structure is named by `Ioctl.fds`.
 
 A port must never retry a call, and never keep an argument after the call.
@@ -24,7 +24,7 @@ Bitmap = ctypes.Array[Any] | bytearray
 
 
 class IoctlError(OSError):
-    """An ioctl failed. `errno` is the kernel's, `request` the ioctl; EINTR and EAGAIN have classes of their own."""
+    """An ioctl failed: `errno` is the kernel's, `request` the ioctl; EINTR and EAGAIN have subclasses."""
 
     def __init__(self, number: int, request: Ioctl) -> None:
         super().__init__(number, f"{request.name}: {os.strerror(number)}")
@@ -43,7 +43,7 @@ class IoctlBlocked(IoctlError, BlockingIOError):
 
 
 def ioctl_error(number: int, request: Ioctl) -> IoctlError:
-    """The exception for errno `number` of `request`; a BlockingIOError or InterruptedError as well, where it is one."""
+    """The exception for errno `number` of `request`, of the class that the errno has."""
     if number == errno.EINTR:
         return IoctlInterrupted(number, request)
     if number == errno.EAGAIN:
@@ -57,8 +57,9 @@ class Port(Protocol):
     def ioctl(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
         """One ioctl; returns what the kernel returned (>= 0).
 
-        `arg` is passed by value if an int, else by reference: the kernel may read and write all of it (the direction
-        in the request's number is not to be relied on). It holds no addresses; its fds are those `request.fds` names.
+        `arg` is passed by value if an int, else by reference: the kernel may read and write all of it (the
+        direction in the request's number is not to be relied on). It holds no addresses; its fds are those
+        `request.fds` names.
         """
         ...
 
@@ -83,17 +84,18 @@ class Port(Protocol):
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION; size 0 deletes the slot.
 
-        The memory is `memfd` at `offset`, which this process has mapped at `hva`. A port whose calls happen in another
-        address space maps the memfd there and ignores `hva`; `DirectPort` uses `hva` and ignores the other two.
+        The memory is `memfd` at `offset`, which this process has mapped at `hva`. A port whose calls happen
+        in another address space maps the memfd there and ignores `hva`; `DirectPort` uses `hva` and ignores
+        the other two.
         """
         ...
 
     def get_dirty_log(self, vm_fd: int, slot: int, bitmap: Bitmap) -> None:
-        """KVM_GET_DIRTY_LOG into `bitmap`: one bit a page, rounded up to whole 64-bit words, or it is overrun."""
+        """KVM_GET_DIRTY_LOG into `bitmap`: a bit for each page of the slot, in whole 64-bit words."""
         ...
 
     def run(self, vcpu_fd: int) -> bool:
-        """KVM_RUN. True: an exit is to be served. False: kicked (EINTR), or an INIT or SIPI woke it (EAGAIN)."""
+        """KVM_RUN. True: an exit to serve. False: kicked (EINTR), or woken by INIT or SIPI (EAGAIN)."""
         ...
 
 
@@ -103,9 +105,9 @@ _KICKED: Final = frozenset({errno.EINTR, errno.EAGAIN})
 class DirectPort:
     """ioctl(2) in this process.
 
-    It calls the C library through ctypes rather than `fcntl.ioctl`, which copies small arguments, keeps the GIL for
-    those over 1024 bytes, and turns each kick into an exception. Here the kernel works on the caller's own memory, the
-    GIL is dropped for every call, and a kick costs nothing.
+    It calls the C library through ctypes rather than `fcntl.ioctl`, which copies small arguments, keeps the
+    GIL for those over 1024 bytes, and turns each kick into an exception. Here the kernel works on the
+    caller's own memory, the GIL is dropped for every call, and a kick costs nothing.
     """
 
     def __init__(self) -> None:
@@ -120,6 +122,10 @@ class DirectPort:
         if isinstance(arg, int):
             pointer = arg
         elif isinstance(arg, bytearray):
+            if len(arg) < request.size:
+                raise ValueError(
+                    f"{request.name} needs {request.size} bytes, not the {len(arg)} it was given"
+                )
             pointer = byref((ctypes.c_char * len(arg)).from_buffer(arg))
         else:
             pointer = byref(arg)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-from types import TracebackType
 from typing import Final, Self
 
 from vmm.errors import HostError
@@ -19,11 +18,11 @@ from vmm.kvm.vm import Vm
 _FIRST_CPUID_COUNT: Final = 128
 _MAX_CPUID_COUNT: Final = 4096  # KVM itself stops at 256 (KVM_MAX_CPUID_ENTRIES)
 
+_LOAD: Final = "run `modprobe kvm_intel` or `modprobe kvm_amd`"
 _OPEN_FAILURES: Final = {
-    errno.ENOENT: "does not exist; enable virtualisation in the firmware (in a VM: nested virtualisation) and run "
-    "`modprobe kvm_intel` or `modprobe kvm_amd`",
+    errno.ENOENT: f"does not exist; enable virtualisation (in a VM: nested virtualisation) and {_LOAD}",
     errno.EACCES: "may not be opened by this user; run `sudo usermod -aG kvm $USER` and log in again",
-    errno.ENXIO: "has no driver behind it; run `modprobe kvm_intel` or `modprobe kvm_amd`",
+    errno.ENXIO: f"has no driver behind it; {_LOAD}",
 }
 _OPEN_FAILURES_ALIKE: Final = {
     errno.EPERM: errno.EACCES,
@@ -76,7 +75,7 @@ class System:
         return self.port.ioctl(self.fd, abi.KVM_CHECK_EXTENSION, cap)
 
     def supported_cpuid(self) -> abi.kvm_cpuid2:
-        """KVM_GET_SUPPORTED_CPUID: what host and KVM together can give a guest; the first `nent` entries count."""
+        """KVM_GET_SUPPORTED_CPUID: what host and KVM can give a guest; the first `nent` entries count."""
         count = _FIRST_CPUID_COUNT
         while True:
             cpuid = sized(abi.kvm_cpuid2, count)(nent=count)
@@ -108,9 +107,9 @@ class System:
         self.port.ioctl(self.fd, request, indices)
         return tuple(indices.indices[: indices.nmsrs])
 
-    def create_vm(self, type: int = 0) -> Vm:
+    def create_vm(self, vm_type: int = 0) -> Vm:
         """KVM_CREATE_VM; it belongs to this process's address space (or to that of the port's other end)."""
-        return Vm(self.port.create(self.fd, abi.KVM_CREATE_VM, type), self.port, self.mmap_size)
+        return Vm(self.port.create(self.fd, abi.KVM_CREATE_VM, vm_type), self.port, self.mmap_size)
 
     def close(self) -> None:
         """Idempotent. VMs already created are not affected."""
@@ -121,7 +120,5 @@ class System:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,8 +1,8 @@
 """One vCPU: its shared page, KVM_RUN, and all of its state.
 
-KVM serialises a vCPU's ioctls with KVM_RUN, so all but `immediate_exit` block while another thread runs it: stop it
-first. State goes into and comes from structures that the caller owns, and nothing is allocated on the way.
-This module must never decide what an exit means.
+KVM serialises a vCPU's ioctls with KVM_RUN, so all but `immediate_exit` block while another thread runs it:
+stop it first. State goes into and comes from structures that the caller owns, and nothing is allocated on the
+way. This module must never decide what an exit means.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterable
 from ctypes import sizeof
-from types import TracebackType
 from typing import Final, Self
 
 from vmm.kvm import abi
@@ -34,8 +33,8 @@ def _map(fd: int, size: int) -> mmap.mmap:
 class Vcpu:
     """A vCPU fd, which it owns, and its mapping. All methods raise IoctlError.
 
-    `run_page` is the shared kvm_run; `coalesced` the ring of coalesced writes, None where the mapping has no room
-    for one. Both stay mapped for as long as anything refers to them, after `close` too.
+    `run_page` is the shared kvm_run; `coalesced` the ring of coalesced writes, None where the mapping has no
+    room for one. Both stay mapped for as long as anything refers to them, after `close` too.
     """
 
     def __init__(self, fd: int, index: int, port: Port, mmap_size: int) -> None:
@@ -59,8 +58,8 @@ class Vcpu:
     def run(self) -> bool:
         """KVM_RUN. True: `run_page` holds an exit to serve. False: kicked, nothing to serve.
 
-        An exit is complete only when `run` is entered again: before the state is read, enter once with
-        `immediate_exit` set. EFAULT with Exit.MEMORY_FAULT in the page counts as an exit.
+        KVM completes an I/O exit, registers included, when `run` is entered again: before state is read,
+        enter with `immediate_exit` set until it returns False. EFAULT with Exit.MEMORY_FAULT is an exit too.
         """
         try:
             return self._run(self.fd)
@@ -70,7 +69,7 @@ class Vcpu:
             raise
 
     def io_data(self, offset: int, length: int) -> memoryview:
-        """`length` bytes of the mapping from `offset`: for Exit.IO `io.data_offset` and `io.size * io.count`."""
+        """`length` bytes of the mapping at `offset`; for Exit.IO `io.data_offset`, `io.size * io.count`."""
         return self._bytes[offset : offset + length]
 
     @property
@@ -85,21 +84,21 @@ class Vcpu:
     def set_signal_mask(self, blocked: Iterable[int] | None) -> None:
         """KVM_SET_SIGNAL_MASK: the signals blocked during KVM_RUN; None: those that the thread blocks anyway.
 
-        A signal that the thread blocks and this set does not ends KVM_RUN and stays pending: no handler runs, and a
-        kick that comes before KVM_RUN is not lost. Take it with `signal.sigtimedwait`.
+        A signal that the thread blocks and this set does not ends KVM_RUN and stays pending: no handler runs,
+        and a kick that comes before KVM_RUN is not lost. Take it with `signal.sigtimedwait`.
         """
         if blocked is None:
             self._ioctl(self.fd, abi.KVM_SET_SIGNAL_MASK)
             return
         bits = sum({1 << (number - 1) for number in blocked})
         mask = sized(abi.kvm_signal_mask, _SIGSET_SIZE)(len=_SIGSET_SIZE)
-        mask.sigset[:] = bits.to_bytes(_SIGSET_SIZE, "little")
+        mask.sigset[:] = list(bits.to_bytes(_SIGSET_SIZE, "little"))
         self._ioctl(self.fd, abi.KVM_SET_SIGNAL_MASK, mask)
 
     # --- state, in and out ---
 
     def set_cpuid(self, cpuid: abi.kvm_cpuid2) -> None:
-        """KVM_SET_CPUID2: the first `nent` entries; before the state that depends on them, and before the first run."""
+        """KVM_SET_CPUID2 of the first `nent` entries; before all other state, which depends on it."""
         self._ioctl(self.fd, abi.KVM_SET_CPUID2, cpuid)
 
     def get_cpuid(self, into: abi.kvm_cpuid2) -> None:
@@ -123,7 +122,7 @@ class Vcpu:
         self._ioctl(self.fd, abi.KVM_SET_SREGS, state)
 
     def get_sregs2(self, into: abi.kvm_sregs2) -> None:
-        """KVM_GET_SREGS2 (KVM_CAP_SREGS2): with the PAE page-directory pointers, without the interrupt bitmap."""
+        """KVM_GET_SREGS2 (KVM_CAP_SREGS2): with PAE's page-directory pointers, without pending interrupts."""
         self._ioctl(self.fd, abi.KVM_GET_SREGS2, into)
 
     def set_sregs2(self, state: abi.kvm_sregs2) -> None:
@@ -196,11 +195,11 @@ class Vcpu:
         self._ioctl(self.fd, abi.KVM_SET_NESTED_STATE, state)
 
     def get_msrs(self, block: abi.kvm_msrs) -> int:
-        """KVM_GET_MSRS of the indices in `block`: how many were read; the first unread one is unknown to KVM."""
+        """KVM_GET_MSRS of the indices in `block`: how many were read; KVM does not know the next one."""
         return self._ioctl(self.fd, abi.KVM_GET_MSRS, block)
 
     def set_msrs(self, block: abi.kvm_msrs) -> int:
-        """KVM_SET_MSRS: how many were written; the first unwritten one, or its value, was refused."""
+        """KVM_SET_MSRS: how many were written; the next one, or its value, was refused."""
         return self._ioctl(self.fd, abi.KVM_SET_MSRS, block)
 
     # --- time ---
@@ -245,13 +244,13 @@ class Vcpu:
         self._ioctl(self.fd, abi.KVM_SET_GUEST_DEBUG, debug)
 
     def translate(self, gva: int) -> int | None:
-        """KVM_TRANSLATE: the guest-physical address of a virtual one under the vCPU's paging; None: not mapped."""
+        """KVM_TRANSLATE: the guest-physical address of a virtual one, None if it is not mapped."""
         translation = abi.kvm_translation(gva)
         self._ioctl(self.fd, abi.KVM_TRANSLATE, translation)
         return translation.physical_address if translation.valid else None
 
     def pre_fault(self, gpa: int, size: int) -> None:
-        """KVM_PRE_FAULT_MEMORY (KVM_CAP_PRE_FAULT_MEMORY): populates the second-stage tables for `size` bytes."""
+        """KVM_PRE_FAULT_MEMORY (KVM_CAP_PRE_FAULT_MEMORY): fills the second-stage tables for `size` bytes."""
         rest = abi.kvm_pre_fault_memory(gpa, size)
         while rest.size:
             self._ioctl(self.fd, abi.KVM_PRE_FAULT_MEMORY, rest)
@@ -269,7 +268,5 @@ class Vcpu:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,7 +1,7 @@
 """One VM: its memory slots, in-kernel chips, interrupt routes and clock.
 
-State goes into and comes from structures that the caller owns; they may lie in a memfd's mapping, and the kernel then
-writes straight into it. Nothing here keeps guest state, and nothing here retries.
+State goes into and comes from structures that the caller owns; they may lie in a memfd's mapping, and the
+kernel then writes straight into it. Nothing here keeps guest state, and nothing here retries.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Final, Self
 
 from vmm.kvm import abi
@@ -17,8 +16,8 @@ from vmm.kvm.abi import Cap, sized
 from vmm.kvm.port import Bitmap, Port
 from vmm.kvm.vcpu import Vcpu
 
-# Intel's real mode needs three pages of TSS and one of page table below 4 GiB; these are where QEMU and others put
-# them, above any RAM and below the firmware.
+# Where Intel's real mode gets three pages for a TSS and one for a page table: above any RAM below 4 GiB and
+# under the firmware, as in QEMU (target/i386/kvm/kvm.c).
 TSS_ADDRESS: Final = 0xFFFB_D000
 IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
 
@@ -33,14 +32,14 @@ def irqchip_route(gsi: int, chip_id: int, pin: int) -> abi.kvm_irq_routing_entry
 
 
 def msi_route(gsi: int, address: int, data: int) -> abi.kvm_irq_routing_entry:
-    """A route from `gsi` to a message-signalled interrupt: a write of `data` to the guest-physical `address`."""
+    """A route from `gsi` to a message-signalled interrupt: `data` written to the guest-physical `address`."""
     route = abi.kvm_irq_routing_entry(gsi=gsi, type=abi.KVM_IRQ_ROUTING_MSI)
     route.u.msi = abi.kvm_irq_routing_msi(address & 0xFFFF_FFFF, address >> 32, data)
     return route
 
 
 class Vm:
-    """A VM fd, which it owns. `mmap_size` is KVM_GET_VCPU_MMAP_SIZE, in bytes. All methods raise IoctlError."""
+    """A VM fd, which it owns; `mmap_size` is `System.mmap_size`. All methods raise IoctlError."""
 
     def __init__(self, fd: int, port: Port, mmap_size: int) -> None:
         self.fd = fd
@@ -65,24 +64,24 @@ class Vm:
     # --- memory ---
 
     def set_tss_address(self, address: int = TSS_ADDRESS) -> None:
-        """KVM_SET_TSS_ADDR: three pages of guest-physical space for KVM's own use; before the first vCPU."""
+        """KVM_SET_TSS_ADDR: three pages of guest-physical space for KVM's use; before the first vCPU."""
         self.port.ioctl(self.fd, abi.KVM_SET_TSS_ADDR, address)
 
     def set_identity_map(self, address: int = IDENTITY_MAP_ADDRESS) -> None:
-        """KVM_SET_IDENTITY_MAP_ADDR: one page of guest-physical space for KVM's own use; before the first vCPU."""
+        """KVM_SET_IDENTITY_MAP_ADDR: a page of guest-physical space for KVM's use; before the first vCPU."""
         self.port.ioctl(self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(address))
 
     def set_memory(
         self, slot: int, gpa: int, size: int, hva: int, memfd: int, offset: int, flags: int = 0
     ) -> None:
-        """KVM_SET_USER_MEMORY_REGION: `size` bytes of `memfd` at `offset`, mapped here at `hva`, appear at `gpa`.
+        """KVM_SET_USER_MEMORY_REGION: `size` bytes of `memfd` at `offset`, mapped here at `hva`, are at `gpa`.
 
         `flags` are KVM_MEM_*; size 0 deletes the slot. The caller keeps the mapping while the slot exists.
         """
         self.port.set_user_memory(self.fd, slot, flags, gpa, size, hva, memfd, offset)
 
     def get_dirty_log(self, slot: int, bitmap: Bitmap) -> None:
-        """KVM_GET_DIRTY_LOG: pages written since the last call; one bit a page in whole little-endian 64-bit words."""
+        """KVM_GET_DIRTY_LOG: the pages written since the last call, a bit for each, in whole 64-bit words."""
         self.port.get_dirty_log(self.fd, slot, bitmap)
 
     def create_guest_memfd(self, size: int, flags: int = 0) -> int:
@@ -104,7 +103,7 @@ class Vm:
     # --- vCPUs ---
 
     def create_vcpu(self, index: int) -> Vcpu:
-        """KVM_CREATE_VCPU; `index` is also its APIC id. With an in-kernel irqchip all but 0 wait for INIT and SIPI."""
+        """KVM_CREATE_VCPU; `index` is its APIC id. With an in-kernel irqchip, all but 0 wait for SIPI."""
         fd = self.port.create(self.fd, abi.KVM_CREATE_VCPU, index)
         return Vcpu(fd, index, self.port, self.mmap_size)
 
@@ -115,7 +114,7 @@ class Vm:
         self.port.ioctl(self.fd, abi.KVM_CREATE_IRQCHIP)
 
     def create_pit(self, flags: int = abi.KVM_PIT_SPEAKER_DUMMY) -> None:
-        """KVM_CREATE_PIT2, after the irqchip. By default port 0x61 is KVM's too, so that the guest can read OUT2."""
+        """KVM_CREATE_PIT2, after the irqchip; by default KVM serves port 0x61 (gate and OUT2) too."""
         self.port.ioctl(self.fd, abi.KVM_CREATE_PIT2, abi.kvm_pit_config(flags))
 
     def irq_line(self, gsi: int, level: bool | int) -> None:
@@ -131,11 +130,11 @@ class Vm:
         """KVM_SET_GSI_ROUTING: replaces the whole table (see `irqchip_route`, `msi_route`)."""
         routes = tuple(entries)
         table = sized(abi.kvm_irq_routing, len(routes))(nr=len(routes))
-        table.entries[:] = routes
+        table.entries[:] = list(routes)
         self.port.ioctl(self.fd, abi.KVM_SET_GSI_ROUTING, table)
 
     def assign_irqfd(self, eventfd: int, gsi: int, resample: int | None = None) -> None:
-        """KVM_IRQFD: a write to `eventfd` raises `gsi`; with `resample`, an eventfd told of the EOI, as a level."""
+        """KVM_IRQFD: writes to `eventfd` raise `gsi`; given `resample`, as a level until EOI, told there."""
         irqfd = abi.kvm_irqfd(eventfd, gsi)
         if resample is not None:
             irqfd.flags, irqfd.resamplefd = abi.KVM_IRQFD_FLAG_RESAMPLE, resample
@@ -187,7 +186,7 @@ class Vm:
     # --- clock, statistics ---
 
     def get_clock(self, into: abi.kvm_clock_data) -> None:
-        """KVM_GET_CLOCK: kvmclock in ns, and the host's clock and TSC of the same instant where `flags` says so."""
+        """KVM_GET_CLOCK: kvmclock in ns, and what else `flags` says: the host's clock and TSC just then."""
         self.port.ioctl(self.fd, abi.KVM_GET_CLOCK, into)
 
     def set_clock(self, state: abi.kvm_clock_data) -> None:
@@ -195,7 +194,7 @@ class Vm:
         self.port.ioctl(self.fd, abi.KVM_SET_CLOCK, state)
 
     def stats_fd(self) -> int:
-        """KVM_GET_STATS_FD (KVM_CAP_BINARY_STATS_FD): an fd that reads as kvm_stats_header, descriptors and data."""
+        """KVM_GET_STATS_FD (KVM_CAP_BINARY_STATS_FD): an fd that reads as kvm_stats_header and so on."""
         return self.port.create(self.fd, abi.KVM_GET_STATS_FD)
 
     def close(self) -> None:
@@ -207,7 +206,5 @@ class Vm:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -11,8 +11,7 @@ A structure's fields are its annotations: `rip: u64` is an int to a type checker
 
 This module must never open, call or allocate anything: it is data.
 """
-
-from __future__ import annotations
+# ruff: noqa: I002 (the annotations are the layout, so they are evaluated)
 
 import functools
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from ctypes import (
 )
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Annotated, Any, Final, TypeVar, get_type_hints
+from typing import Annotated, Any, Final, TypeVar
 
 u8 = Annotated[int, c_uint8]
 u16 = Annotated[int, c_uint16]
@@ -62,8 +61,7 @@ def _field(name: str, hint: Any) -> tuple[Any, ...]:
 
 def _layout(cls: _Aggregate) -> _Aggregate:
     """Class decorator: makes `_fields_` of a structure's or union's annotations, in their order."""
-    hints = get_type_hints(cls, include_extras=True)
-    cls._fields_ = [_field(name, hints[name]) for name in cls.__annotations__]
+    cls._fields_ = [_field(name, hint) for name, hint in cls.__annotations__.items()]
     return cls
 
 

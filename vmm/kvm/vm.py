@@ -74,7 +74,7 @@ class Vm:
     def set_memory(
         self, slot: int, gpa: int, size: int, hva: int, memfd: int, offset: int, flags: int = 0
     ) -> None:
-        """KVM_SET_USER_MEMORY_REGION: `size` bytes of `memfd` at `offset`, mapped here at `hva`, are at `gpa`.
+        """KVM_SET_USER_MEMORY_REGION: `gpa` is `size` bytes of `memfd` at `offset`, mapped here at `hva`.
 
         `flags` are KVM_MEM_*; size 0 deletes the slot. The caller keeps the mapping while the slot exists.
         """

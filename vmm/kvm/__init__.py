@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from vmm.kvm import abi
 from vmm.kvm.abi import Cap, Exit, InternalError, Ioctl, MpState, SystemEvent, sized
+from vmm.kvm.capabilities import (
+    CAPABILITIES,
+    Capability,
+    CapabilityReport,
+    missing_required,
+    probe,
+    require,
+)
 from vmm.kvm.port import DirectPort, IoctlBlocked, IoctlError, IoctlInterrupted, Port
 from vmm.kvm.system import System
 from vmm.kvm.vcpu import Vcpu
 from vmm.kvm.vm import Vm, irqchip_route, msi_route
 
 __all__ = [
+    "CAPABILITIES",
     "Cap",
+    "Capability",
+    "CapabilityReport",
     "DirectPort",
     "Exit",
     "InternalError",
@@ -30,6 +41,9 @@ __all__ = [
     "Vm",
     "abi",
     "irqchip_route",
+    "missing_required",
     "msi_route",
+    "probe",
+    "require",
     "sized",
 ]

@@ -34,7 +34,7 @@ class Vcpu:
     """A vCPU fd, which it owns, and its mapping. All methods raise IoctlError.
 
     `run_page` is the shared kvm_run; `coalesced` the ring of coalesced writes, None where the mapping has no
-    room for one. Both stay mapped for as long as anything refers to them, after `close` too.
+    room for one. They are gone after `close`, and unmapped once nothing else refers to them.
     """
 
     def __init__(self, fd: int, index: int, port: Port, mmap_size: int) -> None:
@@ -260,10 +260,11 @@ class Vcpu:
         return self.port.create(self.fd, abi.KVM_GET_STATS_FD)
 
     def close(self) -> None:
-        """Idempotent. Stop the vCPU first."""
+        """Idempotent. Stop the vCPU first. A mapping that something else refers to keeps the VM alive."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+            del self.run_page, self.coalesced, self._bytes
 
     def __enter__(self) -> Self:
         return self

@@ -878,8 +878,7 @@ class HypercallExit(Structure):
     nr: u64
     args: Annotated[Array[c_uint64], 6]
     ret: u64
-    longmode: u32  # since Linux 6.4 the low half of `flags`
-    pad: u32
+    longmode: u32  # since Linux 6.4 the low half of 64-bit flags
 
 
 @_layout

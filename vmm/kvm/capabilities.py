@@ -80,7 +80,7 @@ CAPABILITIES: Final = (
     ),
     _optional(Cap.GET_TSC_KHZ, "the TSC's frequency", "the guest is not told it"),
     _optional(
-        Cap.SREGS2, "PAE page-directory pointers, as state (Linux 5.14)", "KVM reads them from RAM again"
+        Cap.SREGS2, "PAE page-directory pointers, as state (Linux 5.14)", "KVM reads them again"
     ),
     _optional(Cap.XSAVE2, "extended registers over 4096 bytes, as state (Linux 5.17)", "no AMX in the guest"),
     _optional(Cap.NESTED_STATE, "a guest that runs guests, as state", "such a guest cannot be handed over"),

@@ -1,0 +1,429 @@
+"""The monitor's sockets: sessions served on one asyncio loop, events to all, and connections that outlive the
+process.
+
+Nothing here may block or grow without bound, whatever a client does: a client whose replies pile up is not
+read until it takes them, one that takes no events is dropped, a flood of requests takes turns with everything
+else on the loop. Only this user and root may connect, by SO_PEERCRED, and the socket file is 0600 from the
+moment it exists.
+
+QEMU serves one client and lets others wait; here several are served at once, each command carried out whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vmm.errors import ConfigError, PeerError, StateError
+from vmm.qmp.backend import Backend
+from vmm.qmp.channels import SUN_PATH_BYTES
+from vmm.qmp.commands import COMMANDS, Command
+from vmm.qmp.framing import Limits
+from vmm.qmp.session import Session, SessionState, encode
+
+RECEIVE_BYTES = 1 << 14  # at once: some 15 ms of lexing at the worst
+COMMANDS_PER_TURN = 16  # of one client, before the loop gets to do something else
+HIGH_WATER_BYTES = 1 << 18  # of unsent output: no further command of this client is carried out
+UNSENT_BYTES_MAX = 1 << 22  # of unsent output: the client is dropped; the largest reply has 1.4 MB
+UNDECODED_BYTES_MAX = 2 * Limits().value_bytes  # of a connection handed over
+CLIENTS_MAX = 32
+QUEUED_EVENTS_MAX = 1024  # between two turns of the loop
+BACKLOG = 16
+ACCEPT_PAUSE_S = 1.0  # where the process is out of fds
+
+_UCRED = struct.Struct("iII")  # struct ucred of unix(7): pid, uid, gid
+
+log = logging.getLogger(__name__)
+
+
+class ConnectionState(SessionState, frozen=True, kw_only=True):
+    """What a connection is besides its socket, for another process to go on with it; msgspec can write it."""
+
+    unsent: bytes = b""
+
+
+class Connection:
+    """One client: its socket, its session, and the output that it has not taken yet. QmpServer makes them."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        session: Session,
+        unsent: bytes,
+        before_reply: Callable[[], None],
+        on_end: Callable[[Connection], None],
+    ) -> None:
+        self.peer_pid, _ = _credentials(sock)
+        self._loop = loop
+        self._socket = sock
+        self._session = session
+        self._unsent = bytearray(unsent)
+        self._before_reply = before_reply
+        self._on_end = on_end
+        self._turn: asyncio.Handle | None = None  # the next go at the requests, if one is due
+        self._reading = self._writing = False
+        self._in_turn = False
+        self._no_more_input = False
+        self._serving = True
+
+    @property
+    def negotiated(self) -> bool:
+        """Whether it is sent events."""
+        return self._session.negotiated
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much output waits for the client."""
+        return len(self._unsent)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._flush()
+        self._arrange()
+
+    def send(self, data: bytes) -> None:
+        """Send what the socket takes, keep the rest; drop the client if the rest is too much."""
+        if not self._serving:
+            return
+        waiting = bool(self._unsent)
+        self._unsent += data
+        if not waiting:
+            self._flush()
+        if len(self._unsent) > UNSENT_BYTES_MAX:
+            self.close(f"it leaves {len(self._unsent)} bytes unread")
+        self._arrange()
+
+    def close(self, why: str | None = None) -> None:
+        """End it, sending first what the socket takes. A reason goes to the log, and then nothing is sent."""
+        if not self._serving:
+            return
+        if why is not None:
+            log.warning("QMP: dropping the client with pid %d: %s", self.peer_pid, why)
+            self._unsent.clear()
+        self._flush()
+        if self._serving:  # and has not gone away meanwhile
+            self._leave().close()
+
+    def export(self) -> tuple[socket.socket, ConnectionState]:
+        """Stop serving it; the socket stays open, and what is not done yet is in the state."""
+        if self._in_turn or not self._serving:
+            raise RuntimeError("QMP: a connection that has ended, or is in a command, cannot be exported")
+        session = self._session.export()
+        state = ConnectionState(
+            negotiated=session.negotiated, oob=session.oob, stream=session.stream, unsent=bytes(self._unsent)
+        )
+        return self._leave(), state
+
+    def _leave(self) -> socket.socket:
+        self._serving = False
+        self._arrange()
+        self._on_end(self)
+        return self._socket
+
+    def _arrange(self) -> None:
+        """Have the loop call what there is to do, and nothing else."""
+        if self._in_turn and self._serving:
+            return
+        choked = len(self._unsent) > HIGH_WATER_BYTES
+        work = self._serving and self._session.has_input and not choked
+        reads = self._serving and not self._session.has_input and not choked and not self._no_more_input
+        writes = self._serving and bool(self._unsent)
+        if self._turn is not None and not work:
+            self._turn.cancel()
+            self._turn = None
+        elif self._turn is None and work:
+            self._turn = self._loop.call_soon(self._take_turn)
+        if reads != self._reading:
+            self._reading = reads
+            if reads:
+                self._loop.add_reader(self._socket, self._on_readable)
+            else:
+                self._loop.remove_reader(self._socket)
+        if writes != self._writing:
+            self._writing = writes
+            if writes:
+                self._loop.add_writer(self._socket, self._on_writable)
+            else:
+                self._loop.remove_writer(self._socket)
+
+    def _on_readable(self) -> None:
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._gone(error)
+            return
+        if data:
+            self._session.feed(data)
+            self._take_turn()
+        else:
+            self._no_more_input = True
+            self._end_if_done()
+
+    def _on_writable(self) -> None:
+        self._flush()
+        self._end_if_done()
+
+    def _take_turn(self) -> None:
+        """Carry out a few requests."""
+        self._turn = None
+        self._in_turn = True
+        for _ in range(COMMANDS_PER_TURN):
+            if not self._serving or len(self._unsent) > HIGH_WATER_BYTES:
+                break
+            reply = self._session.next_reply()
+            if reply is None:
+                break
+            self._before_reply()
+            self.send(reply)
+        self._in_turn = False
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if self._no_more_input and not self._unsent and not self._session.has_input:
+            self.close()
+        self._arrange()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._socket.send(self._unsent, socket.MSG_NOSIGNAL)
+                del self._unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._gone(error)
+
+    def _gone(self, error: OSError) -> None:
+        log.info("QMP: the client with pid %d went away: %s", self.peer_pid, error.strerror)
+        self._unsent.clear()
+        self._leave().close()
+
+
+class QmpServer:
+    """The monitor. Every method but `emit` belongs to the loop's thread."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, backend: Backend, commands: Iterable[Command] = COMMANDS
+    ) -> None:
+        self._loop = loop
+        self._backend = backend
+        self._commands = tuple(commands)
+        self._listeners: list[socket.socket] = []
+        self._connections: dict[Connection, None] = {}
+        self._lock = threading.Lock()
+        self._events: list[bytes] = []
+        self._lost_events = 0
+
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        """Those being served, oldest first."""
+        return tuple(self._connections)
+
+    def listen_unix(self, path: str) -> None:
+        """Make a socket at `path` (see `bind_unix`) and serve who connects."""
+        self.listen(bind_unix(path))
+
+    def listen(self, listener: socket.socket) -> None:
+        """Serve who connects to a listening UNIX socket; `close` removes its file, whoever made it."""
+        listener.setblocking(False)
+        self._listeners.append(listener)
+        self._loop.add_reader(listener, self._on_connection, listener)
+
+    def release_listeners(self) -> list[socket.socket]:
+        """Stop accepting; the sockets stay open and their files in place, for another process to go on."""
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            self._loop.remove_reader(listener)
+        return listeners
+
+    def serve_connection(self, sock: socket.socket, state: ConnectionState | None = None) -> Connection:
+        """Serve a connected socket from the greeting on or, after another process, from `state` on.
+
+        Raises PeerError, leaving the socket alone, for a peer that is neither this user nor root, and
+        StateError for a state that no VMM exports.
+        """
+        pid, uid = _credentials(sock)
+        if uid not in (os.geteuid(), 0):
+            raise PeerError(
+                f"QMP: the client with pid {pid} has user id {uid}; only {os.geteuid()} and root may connect"
+            )
+        if state is None:
+            session = Session(self._backend, self._commands)
+            unsent = session.greeting()
+        else:
+            if len(state.unsent) > UNSENT_BYTES_MAX or len(state.stream.undecoded) > UNDECODED_BYTES_MAX:
+                raise StateError("QMP: a connection's state is larger than any VMM exports")
+            session = Session(self._backend, self._commands, state=state)
+            unsent = state.unsent
+        sock.setblocking(False)
+        connection = Connection(
+            self._loop,
+            sock,
+            session,
+            unsent,
+            self._send_events,
+            lambda ended: self._connections.pop(ended, None),
+        )
+        self._connections[connection] = None
+        connection.start()
+        return connection
+
+    def export_connection(self, connection: Connection) -> tuple[socket.socket, ConnectionState]:
+        """Stop serving `connection` without its client noticing, for `serve_connection` to go on elsewhere.
+
+        Not from within one of its own commands: RuntimeError.
+        """
+        return connection.export()
+
+    def emit(self, event: str, data: dict[str, Any] | None = None, at: float | None = None) -> None:
+        """Send an event to every client that has negotiated. From any thread, in the order of the calls.
+
+        `at` is when it happened, in seconds since 1970; by default now. On the loop's thread it goes out at
+        once, so before the reply of the command that caused it; so do other threads' events that precede the
+        reply.
+        """
+        seconds, microseconds = divmod(round((time.time() if at is None else at) * 1_000_000), 1_000_000)
+        message: dict[str, Any] = {
+            "timestamp": {"seconds": seconds, "microseconds": microseconds},
+            "event": event,
+        }
+        if data is not None:
+            message["data"] = data
+        encoded = encode(message)
+        with self._lock:
+            if len(self._events) == QUEUED_EVENTS_MAX:
+                self._lost_events += 1
+                return
+            self._events.append(encoded)
+            first = len(self._events) == 1
+        if _runs_here(self._loop):
+            self._send_events()
+        elif first:
+            self._loop.call_soon_threadsafe(self._send_events)
+
+    def close(self) -> None:
+        """End every connection, sending what the sockets take, and remove the listeners with their files."""
+        self._send_events()
+        for connection in self.connections:
+            connection.close()
+        for listener in self.release_listeners():
+            _unlink(listener.getsockname())
+            listener.close()
+
+    def _send_events(self) -> None:
+        with self._lock:
+            events, self._events = self._events, []
+            lost, self._lost_events = self._lost_events, 0
+        if lost:
+            log.warning("QMP: %d events lost, as %d waited to be sent", lost, QUEUED_EVENTS_MAX)
+        for encoded in events:
+            for connection in self.connections:
+                if connection.negotiated:
+                    connection.send(encoded)
+
+    def _on_connection(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            log.error("QMP: cannot accept a client now: %s", error.strerror)
+            self._loop.remove_reader(listener)
+            self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener)
+            return
+        try:
+            if len(self._connections) >= CLIENTS_MAX:
+                raise PeerError(f"QMP: {CLIENTS_MAX} clients are connected already")
+            self.serve_connection(sock)
+        except PeerError as error:
+            log.warning("%s", error)
+            sock.close()
+
+    def _accept_again(self, listener: socket.socket) -> None:
+        if listener in self._listeners:
+            self._loop.add_reader(listener, self._on_connection, listener)
+
+
+def bind_unix(path: str) -> socket.socket:
+    """A listening UNIX socket at `path`, mode 0600. A file that a dead listener left there is replaced.
+
+    Raises ConfigError: the path is too long, a listener lives there, something else is there, or what bind(2)
+    says.
+    """
+    if len(os.fsencode(path)) >= SUN_PATH_BYTES:
+        raise ConfigError(
+            f"QMP socket {path}: the path has {len(os.fsencode(path))} bytes, at most {SUN_PATH_BYTES - 1} fit in a "
+            "socket address; use a shorter one"
+        )
+    try:
+        _remove_stale(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # The file gets the socket inode's mode (unix_bind_bsd in net/unix/af_unix.c): private from the start
+            # and without the umask, which is the whole process's.
+            os.fchmod(sock.fileno(), stat.S_IRUSR | stat.S_IWUSR)
+            sock.bind(path)
+            sock.listen(BACKLOG)
+        except OSError:
+            sock.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"QMP socket {path}: {error.strerror}") from error
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise ConfigError(f"QMP socket {path}: there is a file that is no socket; use another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            _unlink(path)
+            return
+        except FileNotFoundError:
+            return
+        except BlockingIOError:
+            pass  # its backlog is full: it lives
+    raise ConfigError(
+        f"QMP socket {path}: another process listens there; use another path or end that process"
+    )
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int]:
+    """The peer's pid and uid when it connected, as the kernel has them (SO_PEERCRED)."""
+    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid
+
+
+def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False

@@ -1,23 +1,23 @@
-"""The CPUID that each vCPU shows its guest: what KVM supports, with the host's own topology replaced by the
-machine's.
+"""The CPUID that each vCPU shows its guest: what KVM supports, in the machine's topology, not the host's.
 
 Follows Intel SDM vol. 2 (CPUID), AMD APM vol. 3 appendix E, and for the hypervisor leaves Linux
 Documentation/virt/kvm/x86/cpuid.rst. KVM_GET_SUPPORTED_CPUID (KVM API 4.46) leaves APIC ids and topology to
-its caller: they are those of whichever host CPU answered, or zeros. Nothing is added here that the host did
-not offer, but for leaves that describe the machine. The topology is one package of single-threaded cores, one
-a vCPU, whose APIC ids are the vCPU indices.
+its caller: they are those of whichever host CPU answered, or zeros. The topology here is one package of
+single-threaded cores, one a vCPU, whose APIC ids are the vCPU indices. It never offers a CPU feature that KVM
+did not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 from vmm.errors import ConfigError
+from vmm.kvm import abi
 
 MAX_CPUS = 255  # an xAPIC id has 8 bits, and 255 is the broadcast
-KVM_APIC_BUS_KHZ = 1_000_000  # KVM's local APIC timer counts nanoseconds unless told otherwise (KVM_CAP_X86_APIC_BUS_CYCLES_NS)
+KVM_APIC_BUS_KHZ = 1_000_000  # what KVM emulates unless KVM_CAP_X86_APIC_BUS_CYCLES_NS says otherwise
 
 SIGNIFICANT_INDEX = 1 << 0  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX of asm/kvm.h
 
@@ -70,9 +70,7 @@ class CpuidFields(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CpuidEntry:
-    """kvm_cpuid_entry2 as a value, in the kernel's order: `kvm_cpuid_entry2(*astuple(entry))` is the
-    structure.
-    """
+    """kvm_cpuid_entry2 as a value."""
 
     function: int
     index: int
@@ -133,6 +131,15 @@ def guest_cpuid(
         if any(entry.function == function for entry in entries):
             guest += _topology(function, cpu)
     return tuple(guest if tsc_khz is None else _with_timing(guest, tsc_khz, apic_bus_khz))
+
+
+def cpuid_table(entries: Sequence[CpuidEntry]) -> abi.kvm_cpuid2:
+    """The entries as KVM_SET_CPUID2 takes them."""
+    table = abi.sized(abi.kvm_cpuid2, len(entries))(nent=len(entries))
+    for slot, entry in zip(table.entries, entries, strict=True):
+        for field in fields(entry):
+            setattr(slot, field.name, getattr(entry, field.name))
+    return table
 
 
 def offers_1gib_pages(entries: Iterable[CpuidFields]) -> bool:

@@ -93,7 +93,7 @@ def parse_image(
     entry_mode: EntryMode | None = None,
     load_address: int | None = None,
 ) -> Image:
-    """As `load_image`, of `data`, read from `path`. Whatever bytes they are, nothing but ImageError is raised."""
+    """As `load_image`, of `data`, read from `path`. Whatever the bytes, only ImageError is raised."""
     if not data:
         raise ImageError(f"{path}: the file is empty; copy or build the image again")
     read = _elf if is_elf(data) else _flat

@@ -1,7 +1,8 @@
-"""Address buses: which device answers an address. A device never learns its address, only the offset into its range.
+"""Address buses: which device answers an address. A device never learns its address, only the offset into its
+range.
 
-Unclaimed reads give all ones, as an empty bus does; unclaimed accesses are counted by address and logged once each.
-The tables are bounded, so that a hostile guest can fill neither memory nor log.
+Unclaimed reads give all ones, as an empty bus does; unclaimed accesses are counted by address and logged once
+each. The tables are bounded, so that a hostile guest can fill neither memory nor log.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class Bus:
         return None
 
     def read(self, address: int, size: int) -> bytes:
-        """What the guest reads; all ones where nobody answers. An access over a range's edge goes byte by byte."""
+        """What the guest reads; all ones where nobody answers. An access over a range's edge goes byte by
+        byte.
+        """
         found = self._lookup(address, size)
         if found is not None:
             start, device = found
@@ -97,6 +100,8 @@ class Bus:
             self.unclaimed[address] = seen + 1
         elif len(self.unclaimed) < COUNTED_ADDRESSES:
             self.unclaimed[address] = 1
-            log.info("%s %#x: %s of %d bytes that no device claims (logged once)", self.name, address, what, size)
+            log.info(
+                "%s %#x: %s of %d bytes that no device claims (logged once)", self.name, address, what, size
+            )
         else:
             self.unclaimed_elsewhere += 1

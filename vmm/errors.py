@@ -1,7 +1,8 @@
 """Every error that `vmm` raises on purpose, each with the process exit code it leads to.
 
-The VMM's own exit codes are even, so that none is ever mistaken for a guest's debug-exit status,
-which is odd (`(code << 1) | 1`, as QEMU's isa-debug-exit has it). A message is one sentence: what was wrong, where, what to do.
+The VMM's own exit codes are even, so that none is ever mistaken for a guest's debug-exit status, which is odd
+(`(code << 1) | 1`, as QEMU's isa-debug-exit has it). A message is one sentence: what was wrong, where, what
+to do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Fds have names: the store that owns every fd of a machine, and the check of what an fd really is.
 
-Cold start and handover are the same code: a part asks `get_or_open(name, id, opener)` and is handed either the fd that came
-from the previous VMM or a new one. The store closes what it owns; nobody else does. (QEMU's `cpr_save_fd` has the same idea.)
+Cold start and handover are the same code: a part asks `get_or_open(name, id, opener)` and is handed either
+the fd that came from the previous VMM or a new one. The store closes what it owns; nobody else does. (QEMU's
+`cpr_save_fd` has the same idea.)
 """
 
 from __future__ import annotations
@@ -82,29 +83,40 @@ def identify(fd: int) -> FdIdentity:
         return FdIdentity(FdKind.FILE, info.st_size, 0)
     if stat.S_ISCHR(info.st_mode):
         return FdIdentity(FdKind.TTY if os.isatty(fd) else FdKind.CHARACTER, 0, 0)
-    for test, kind in ((stat.S_ISSOCK, FdKind.SOCKET), (stat.S_ISFIFO, FdKind.PIPE), (stat.S_ISBLK, FdKind.BLOCK)):
+    for test, kind in (
+        (stat.S_ISSOCK, FdKind.SOCKET),
+        (stat.S_ISFIFO, FdKind.PIPE),
+        (stat.S_ISBLK, FdKind.BLOCK),
+    ):
         if test(info.st_mode):
             return FdIdentity(kind, 0, 0)
     return FdIdentity(FdKind.OTHER, 0, 0)
 
 
 def check_received(name: str, index: int, fd: int, size: int | None = None) -> FdIdentity:
-    """Check that a received fd is what its name claims; memfds must be sealed and, where `size` is given, of that size.
+    """Check that a received fd is what its name claims; memfds must be sealed and, where `size` is given, of
+    that size.
 
     Raises StateError that names the fd, what was expected and what came.
     """
     identity = identify(fd)
     expected = EXPECTED_KINDS.get(name)
     if expected is None:
-        raise StateError(f"fd {name}/{index}: this VMM knows no fd of that name; hand over to a VMM of the same version")
+        raise StateError(
+            f"fd {name}/{index}: this VMM knows no fd of that name; hand over to a VMM of the same version"
+        )
     if identity.kind not in expected:
         kinds = " or ".join(sorted(kind.value for kind in expected))
-        raise StateError(f"fd {name}/{index} is a {identity.kind.value} where a {kinds} was expected; refused")
+        raise StateError(
+            f"fd {name}/{index} is a {identity.kind.value} where a {kinds} was expected; refused"
+        )
     if identity.kind is FdKind.MEMFD:
         if identity.seals & RAM_SEALS != RAM_SEALS:
             raise StateError(f"fd {name}/{index} is not sealed against shrinking and growing; refused")
         if size is not None and identity.size != size:
-            raise StateError(f"fd {name}/{index} has {identity.size} bytes where {size} were expected; refused")
+            raise StateError(
+                f"fd {name}/{index} has {identity.size} bytes where {size} were expected; refused"
+            )
     return identity
 
 
@@ -121,7 +133,9 @@ def sealed_memfd(name: str, size: int, flags: int = 0) -> int:
 
 
 class FdStore:
-    """Maps `(name, id)` to an fd and owns closing it. Not thread-safe: used by the main thread and before vCPUs run."""
+    """Maps `(name, id)` to an fd and owns closing it. Not thread-safe: used by the main thread and before
+    vCPUs run.
+    """
 
     def __init__(self) -> None:
         self._fds: dict[tuple[str, int], int] = {}

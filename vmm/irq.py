@@ -1,6 +1,7 @@
 """Interrupt lines as devices see them: a wire that is high or low. Where it leads, a device never knows.
 
-The line keeps no level of its own: a device keeps the level it drives in its state, so that a handover moves it.
+The line keeps no level of its own: a device keeps the level it drives in its state, so that a handover moves
+it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Trace events: what happened when, on the one clock that both VMM processes of a handover share.
 
-An event is a name, CLOCK_MONOTONIC nanoseconds and the role of the process that recorded it. Recording is an append to a
-bounded deque, cheap enough for the pause of a handover; it never does I/O.
+An event is a name, CLOCK_MONOTONIC nanoseconds and the role of the process that recorded it. Recording is an
+append to a bounded deque, cheap enough for the pause of a handover; it never does I/O.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Tracer:
         self._events.append(Event(name, ns, self.role, self._pid))
         return ns
 
+    def clear(self) -> None:
+        """Forget what was recorded: a new story begins."""
+        self._events.clear()
+
     def __iter__(self) -> Iterator[Event]:
         return iter(tuple(self._events))
-
-    def since(self, ns: int) -> list[Event]:
-        """The events recorded at or after `ns`."""
-        return [event for event in self if event.ns >= ns]

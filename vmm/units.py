@@ -1,4 +1,6 @@
-"""Sizes and durations as people write them. Sizes are bytes everywhere inside; this is where text becomes a number and back."""
+"""Sizes and durations as people write them. Sizes are bytes everywhere inside; this is where text becomes a
+number and back.
+"""
 
 from __future__ import annotations
 

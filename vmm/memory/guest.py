@@ -1,7 +1,8 @@
 """Guest RAM as sealed memfds, mapped shared, split around the 32-bit MMIO gap.
 
-The memfds outlive the process: a new VMM maps the same ones at its own addresses and nothing is copied. They are sparse, so RAM
-may be larger than the host's. Every access by guest address is checked; nothing outside a region is ever touched.
+The memfds outlive the process: a new VMM maps the same ones at its own addresses and nothing is copied. They
+are sparse, so RAM may be larger than the host's. Every access by guest address is checked; nothing outside a
+region is ever touched.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ HUGE_PAGES: dict[str, tuple[int, int]] = {
 
 
 def layout(size: int) -> tuple[tuple[int, int], ...]:
-    """`(gpa, size)` of each region of a machine with `size` bytes of RAM. Raises ConfigError for an impossible size."""
+    """`(gpa, size)` of each region of a machine with `size` bytes of RAM. Raises ConfigError for an
+    impossible size.
+    """
     if not SMALLEST <= size <= LARGEST:
         raise ConfigError(
             f"memory: {format_size(size)} is outside {format_size(SMALLEST)}..{format_size(LARGEST)}; choose a size within it"
@@ -46,7 +49,9 @@ def layout(size: int) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Region:
-    """One stretch of RAM: guest physical address, size in bytes, its memfd, and where this process has it mapped."""
+    """One stretch of RAM: guest physical address, size in bytes, its memfd, and where this process has it
+    mapped.
+    """
 
     gpa: int
     size: int
@@ -56,7 +61,9 @@ class Region:
 
 
 class GuestMemory:
-    """All RAM of one machine. The memfds belong to the FdStore (`ram/0`, `ram/1`), the mappings to this object."""
+    """All RAM of one machine. The memfds belong to the FdStore (`ram/0`, `ram/1`), the mappings to this
+    object.
+    """
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self.regions = tuple(regions)
@@ -72,7 +79,9 @@ class GuestMemory:
         try:
             for index, (gpa, length) in enumerate(layout(size)):
                 if length % page:
-                    raise ConfigError(f"memory: {format_size(size)} is not a multiple of hugepages={hugepages}")
+                    raise ConfigError(
+                        f"memory: {format_size(size)} is not a multiple of hugepages={hugepages}"
+                    )
                 fd = fds.find("ram", index)
                 if fd is None:
                     fd = fds.add("ram", index, _new_ram(index, length, flags, hugepages))
@@ -140,7 +149,8 @@ def _new_ram(index: int, length: int, flags: int, hugepages: str | None) -> int:
 
 
 def _map_region(gpa: int, length: int, fd: int, hugepages: str | None) -> Region:
-    # hugetlb pages are reserved at mmap, so that a host without them says so here and not by SIGBUS in the guest
+    # hugetlb pages are reserved at mmap, so that a host without them says so here and not by SIGBUS in the
+    # guest
     reserve = 0 if hugepages else MAP_NORESERVE
     try:
         mapping = mmap.mmap(fd, length, mmap.MAP_SHARED | reserve, mmap.PROT_READ | mmap.PROT_WRITE)

@@ -53,7 +53,7 @@ class QmpClient:
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], timeout: float = 5.0) -> QmpClient:
-        """Connect to the UNIX socket at `path`. `timeout` (seconds) is for this, and the default elsewhere."""
+        """Connect to the UNIX socket at `path`. `timeout` (seconds) is for this and the default elsewhere."""
         where = os.fspath(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(timeout)

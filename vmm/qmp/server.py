@@ -366,14 +366,14 @@ def bind_unix(path: str) -> socket.socket:
     """
     if len(os.fsencode(path)) >= SUN_PATH_BYTES:
         raise ConfigError(
-            f"QMP socket {path}: the path has {len(os.fsencode(path))} bytes, at most {SUN_PATH_BYTES - 1} fit in a "
-            "socket address; use a shorter one"
+            f"QMP socket {path}: the path has {len(os.fsencode(path))} bytes, at most {SUN_PATH_BYTES - 1} fit "
+            "in a socket address; use a shorter one"
         )
     try:
         _remove_stale(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            # The file gets the socket inode's mode (unix_bind_bsd in net/unix/af_unix.c): private from the start
+            # The file gets the socket inode's mode (unix_bind_bsd, net/unix/af_unix.c): private at once,
             # and without the umask, which is the whole process's.
             os.fchmod(sock.fileno(), stat.S_IRUSR | stat.S_IWUSR)
             sock.bind(path)

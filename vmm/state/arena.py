@@ -1,13 +1,14 @@
 """The state memfd: a directory of sections, each one ctypes structure that its owner works *on*.
 
-Saving is nothing, handing over is handing over the fd, and surviving a crash is opening it again. The layout (little endian):
+Saving is nothing, handing over is handing over the fd, and surviving a crash is opening it again. The layout
+(little endian):
 
     0x00000  header    magic, layout version, entries used, entries possible, bytes of the memfd, next free byte, directory's CRC-32
     0x00040  directory `DIRECTORY_ENTRIES` entries of 64 bytes: name, instance, version, offset, size
     0x10040  sections  each 64-byte aligned
 
-The directory is never trusted: magic, versions, counts, offsets, sizes, overlaps and the checksum are checked before any of it is used.
-No address, fd number or secret of a process is ever part of it.
+The directory is never trusted: magic, versions, counts, offsets, sizes, overlaps and the checksum are checked
+before any of it is used. No address, fd number or secret of a process is ever part of it.
 """
 
 from __future__ import annotations
@@ -110,14 +111,18 @@ class Arena:
     def _read_directory(self) -> dict[tuple[str, int], Section]:
         header = _Header.from_buffer_copy(self._header)
         if header.magic != MAGIC:
-            raise StateError("state memfd: no state directory in it (wrong magic); was it made by another program?")
+            raise StateError(
+                "state memfd: no state directory in it (wrong magic); was it made by another program?"
+            )
         if header.layout_version != LAYOUT_VERSION:
             raise StateError(
                 f"state memfd: layout version {header.layout_version}, this VMM knows {LAYOUT_VERSION}; "
                 "hand over to a VMM of a version that knows it"
             )
         if header.size != SIZE or header.capacity != DIRECTORY_ENTRIES or header.used > DIRECTORY_ENTRIES:
-            raise StateError(f"state memfd: impossible header (size {header.size}, {header.used} of {header.capacity} entries)")
+            raise StateError(
+                f"state memfd: impossible header (size {header.size}, {header.used} of {header.capacity} entries)"
+            )
         if header.crc != self._checksum():
             raise StateError("state memfd: the directory's checksum does not match its content")
         index: dict[tuple[str, int], Section] = {}
@@ -130,12 +135,23 @@ class Arena:
             label = f"state memfd: section {name}/{entry.instance}"
             if (name, entry.instance) in index:
                 raise StateError(f"{label} is listed twice")
-            if entry.offset % ALIGNMENT or entry.offset < end or entry.size > SIZE or entry.offset + entry.size > SIZE:
-                raise StateError(f"{label} lies at {entry.offset}, {entry.size} bytes: outside the memfd or over another section")
+            if (
+                entry.offset % ALIGNMENT
+                or entry.offset < end
+                or entry.size > SIZE
+                or entry.offset + entry.size > SIZE
+            ):
+                raise StateError(
+                    f"{label} lies at {entry.offset}, {entry.size} bytes: outside the memfd or over another section"
+                )
             end = entry.offset + entry.size
-            index[name, entry.instance] = Section(name, entry.instance, entry.version, entry.offset, entry.size)
+            index[name, entry.instance] = Section(
+                name, entry.instance, entry.version, entry.offset, entry.size
+            )
         if not end <= header.free <= SIZE:
-            raise StateError(f"state memfd: free space starts at {header.free}, inside a section or outside the memfd")
+            raise StateError(
+                f"state memfd: free space starts at {header.free}, inside a section or outside the memfd"
+            )
         return index
 
     def __iter__(self) -> Iterator[Section]:
@@ -150,7 +166,7 @@ class Arena:
 
         `version` defaults to `kind.VERSION`. Raises StateError where the section has another version or size.
         """
-        wanted = version if version is not None else int(kind.VERSION)  # type: ignore[union-attr]
+        wanted: int = kind.VERSION if version is None else version  # type: ignore[union-attr]
         size = ctypes.sizeof(kind)
         section = self.find(name, instance)
         if section is None:
@@ -161,7 +177,9 @@ class Arena:
                 "hand over to a VMM of a version that knows it"
             )
         elif section.size != size:
-            raise StateError(f"state section {name}/{instance} has {section.size} bytes where {size} were expected")
+            raise StateError(
+                f"state section {name}/{instance} has {section.size} bytes where {size} were expected"
+            )
         return kind.from_buffer(self._mapping, section.offset)
 
     def _allocate(self, name: str, instance: int, version: int, size: int) -> Section:

@@ -1,0 +1,54 @@
+"""The parser of all verbs and the one place where an error becomes a sentence on stderr and an exit code.
+
+Nothing of the VMM is imported here: a verb's module is, when it is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from vmm import __version__
+
+# verb -> (module, one line); each module has add_arguments(parser) and run(arguments) -> exit status
+VERBS: dict[str, tuple[str, str]] = {
+    "run": ("vmm.cli.run", "run a guest, or take one over (--incoming)"),
+    "handover": ("vmm.cli.handover", "replace the VMM under a running guest"),
+    "ctl": ("vmm.cli.ctl", "send QMP commands to a VM"),
+    "console": ("vmm.cli.console", "talk to a VM's serial line"),
+    "list": ("vmm.cli.list", "list the named VMs that run"),
+    "demo": ("vmm.cli.demo", "watch a guest tick while its VMM is replaced"),
+    "version": ("vmm.cli.version", "say the versions of all that matters in a handover"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the process's exit status (the README has the table)."""
+    given = sys.argv[1:] if argv is None else argv
+    verb = next((word for word in given if not word.startswith("-")), None)
+    parser = argparse.ArgumentParser(prog="vmm", description="A minimal KVM VMM whose guest outlives it.")
+    parser.add_argument("--version", action="version", version=f"vmm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (module, line) in VERBS.items():
+        one = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
+        if name == verb:
+            importlib.import_module(module).add_arguments(one)
+    arguments = parser.parse_args(given)
+    return _guarded(VERBS[arguments.verb][0], arguments)
+
+
+def _guarded(module: str, arguments: argparse.Namespace) -> int:
+    from vmm.errors import VmmError
+
+    try:
+        status: int = importlib.import_module(module).run(arguments)
+    except VmmError as error:
+        print(f"vmm: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
+        return VmmError.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return status

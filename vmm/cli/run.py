@@ -1,0 +1,160 @@
+"""`vmm run`: one VMM process, with a new guest or with one that another VMM hands over."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from vmm.errors import ConfigError, UsageError
+
+LOG_FORMAT = "%(asctime)s.%(msecs)03d vmm[%(process)d] %(levelname)s %(message)s"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vmm run`; those of the machine override the configuration file."""
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="[CONFIG.toml] [KERNEL]",
+        help="configuration file, guest image or prebuilt guest",
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--name", help="a name for 'vmm list', 'vmm ctl' and 'vmm handover'")
+    machine.add_argument("--memory", metavar="SIZE", help="guest RAM, such as 256M (default 128M)")
+    machine.add_argument("--hugepages", metavar="SIZE", help="back RAM with huge pages of 2M or 1G")
+    machine.add_argument("--cpus", type=int, metavar="N", help="number of vCPUs (default 1)")
+    machine.add_argument("--append", metavar="TEXT", help="the guest's command line")
+    machine.add_argument(
+        "--serial", metavar="WHERE", help="COM1: stdio, file:PATH, unix:PATH, unix, pty, null (default stdio)"
+    )
+    machine.add_argument(
+        "--irqchip", choices=("kernel", "split", "none"), help="where the interrupt controllers are"
+    )
+    machine.add_argument(
+        "--entry-mode", choices=("real16", "protected32", "long64"), help="how to enter the image"
+    )
+    machine.add_argument(
+        "--load-address", type=lambda text: int(text, 0), metavar="ADDR", help="where a flat binary goes"
+    )
+    machine.add_argument(
+        "--testdev", action="store_const", const=True, help="the sentinel guest's test device"
+    )
+    process = parser.add_argument_group("process")
+    process.add_argument(
+        "--qmp", action="append", default=[], metavar="unix:PATH", help="a control socket; may be given again"
+    )
+    process.add_argument(
+        "--incoming",
+        action="append",
+        default=[],
+        metavar="CHANNEL",
+        help="take a guest over; once for the main channel (unix:PATH) and once for the cpr channel "
+        "(cpr,addr.transport=socket,addr.type=unix,addr.path=PATH, or its JSON)",
+    )
+    process.add_argument("--paused", "-S", action="store_true", help="do not start the guest until 'cont'")
+    process.add_argument("--verbose", "-v", action="count", default=0, help="more in the log; twice for all")
+
+
+def given_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the operator said of the machine, in the file and in options (which win). Raises ConfigError,
+    UsageError.
+    """
+    from vmm.machine.config import read_toml
+    from vmm.units import parse_size
+
+    inputs = list(arguments.inputs)
+    values: dict[str, Any] = {}
+    if inputs and inputs[0].endswith(".toml"):
+        values = read_toml(inputs.pop(0))
+    if len(inputs) > 1:
+        raise UsageError(f"one kernel at most: {' '.join(inputs)}")
+    if inputs:
+        values["kernel"] = (
+            str(Path(inputs[0]).absolute()) if os.sep in inputs[0] or Path(inputs[0]).exists() else inputs[0]
+        )
+    for key in (
+        "name",
+        "hugepages",
+        "cpus",
+        "append",
+        "serial",
+        "irqchip",
+        "entry_mode",
+        "load_address",
+        "testdev",
+    ):
+        if (value := getattr(arguments, key)) is not None:
+            values[key] = value
+    if arguments.memory is not None:
+        values["memory"] = parse_size(arguments.memory, "--memory")
+    return values
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the process to its end; returns its exit status."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
+    logging.basicConfig(level=level, format=LOG_FORMAT, datefmt="%H:%M:%S")
+    from vmm.cli.rundir import RunDir
+    from vmm.machine.config import from_mapping
+    from vmm.process import Options, VmmProcess
+
+    values = given_values(arguments)
+    incoming = _incoming(arguments.incoming) if arguments.incoming else None
+    paths = [_qmp_path(text) for text in arguments.qmp]
+    options = Options(given=values, incoming=incoming, paused=arguments.paused)
+    if "name" in values:
+        directory = RunDir(values["name"]).make()
+        if incoming is None and directory.qmp.exists():
+            raise UsageError(
+                f"a VM named {directory.name!r} runs already; choose another name or use 'vmm handover'"
+            )
+        paths.append(str(directory.own_qmp()))
+        options.owned, options.disowned = directory.claim, directory.disclaim
+        if values.get("serial") == "unix":
+            values["serial"] = f"unix:{directory.console}"
+    options.qmp_paths = tuple(paths)
+    if incoming is None:
+        options.config = from_mapping(values, "configuration")
+    return VmmProcess(options).run()
+
+
+def _qmp_path(text: str) -> str:
+    kind, _, path = text.partition(":")
+    if kind != "unix" or not path:
+        raise UsageError(f"--qmp {text}: only unix:PATH is served")
+    return path.partition(",")[0]
+
+
+def _incoming(texts: list[str]) -> Any:
+    from vmm.process import Incoming
+    from vmm.qmp.backend import QmpError
+    from vmm.qmp.channels import parse_incoming
+    from vmm.qmp.schema import ChannelType, UnixSocket
+
+    paths: dict[ChannelType, str] = {}
+    for text in texts:
+        try:
+            channel = parse_incoming(text)
+        except QmpError as error:
+            raise UsageError(f"--incoming {text}: {error}") from error
+        if channel is None:
+            raise UsageError(
+                "--incoming defer: not served; name the main channel, such as --incoming unix:PATH"
+            )
+        if not isinstance(channel.addr, UnixSocket):
+            raise UsageError(
+                f"--incoming {text}: bad {channel.channel_type.value} channel address; must be unix"
+            )
+        if channel.channel_type in paths:
+            raise UsageError(f"--incoming: more than one {channel.channel_type.value} channel")
+        paths[channel.channel_type] = channel.addr.path
+    if ChannelType.CPR not in paths:
+        raise ConfigError(
+            "--incoming: missing 'cpr' channel; add --incoming cpr,addr.transport=socket,addr.type=unix,addr.path=PATH"
+        )
+    if ChannelType.MAIN not in paths:
+        raise ConfigError("--incoming: missing 'main' channel; add --incoming unix:PATH")
+    return Incoming(cpr_path=paths[ChannelType.CPR], main_path=paths[ChannelType.MAIN])

@@ -1,0 +1,102 @@
+"""Where named VMs live: `$XDG_RUNTIME_DIR/vmm/NAME/`, or a private directory under /tmp. Directories 0700,
+sockets 0600.
+
+NAME/qmp.sock       -> the monitor of the VMM that runs the guest (a symlink, replaced in one step by whoever
+takes over) NAME/qmp-PID.sock   the monitor of process PID NAME/console.sock   the console, where the
+machine's serial line is `unix` NAME/vmm.log        the log of VMMs started by `vmm handover`
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from vmm.errors import ConfigError, HostError, UsageError
+from vmm.machine.names import check_name
+
+
+def base() -> Path:
+    """The private directory of this user's VMs, made if needed. Raises HostError where it is not private."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    path = Path(runtime) / "vmm" if runtime else Path("/tmp") / f"vmm-{os.geteuid()}"
+    return _private(path)
+
+
+def _private(path: Path) -> Path:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = path.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        raise HostError(f"{path} is not a private directory of this user; remove it or set XDG_RUNTIME_DIR")
+    return path
+
+
+class RunDir:
+    """The directory of one named VM."""
+
+    def __init__(self, name: str) -> None:
+        self.name = check_name(name)
+        self.path = base() / name
+
+    def make(self) -> RunDir:
+        """Make the directory if needed."""
+        _private(self.path)
+        return self
+
+    @property
+    def qmp(self) -> Path:
+        """The monitor of the VMM that runs the guest."""
+        return self.path / "qmp.sock"
+
+    @property
+    def console(self) -> Path:
+        """The console's socket."""
+        return self.path / "console.sock"
+
+    @property
+    def log(self) -> Path:
+        """The log of VMMs without a terminal."""
+        return self.path / "vmm.log"
+
+    def own_qmp(self) -> Path:
+        """The monitor of this process."""
+        return self.path / f"qmp-{os.getpid()}.sock"
+
+    def claim(self) -> None:
+        """Make this process's monitor the VM's monitor, in one step."""
+        own = self.own_qmp()
+        fresh = self.path / f"qmp-{os.getpid()}.link"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(own.name)
+        fresh.replace(self.qmp)
+
+    def disclaim(self) -> None:
+        """The VM is gone with this process: leave nothing but the log, and no directory where there is no
+        log.
+        """
+        if self.qmp.is_symlink() and os.readlink(self.qmp) == self.own_qmp().name:
+            self.qmp.unlink()
+        try:
+            self.path.rmdir()
+        except OSError:
+            return  # the log or another VMM's socket is still in it
+
+    def running(self) -> Path:
+        """The monitor of the running VM. Raises UsageError where there is none."""
+        if not self.qmp.exists():
+            known = ", ".join(vm.name for vm in named()) or "none"
+            raise UsageError(f"no VM named {self.name!r} runs (running: {known}); see 'vmm list'")
+        return self.qmp
+
+
+def named() -> list[RunDir]:
+    """Every named VM that has a monitor, by name."""
+    found = []
+    for path in sorted(base().iterdir()):
+        try:
+            directory = RunDir(path.name)
+        except ConfigError:
+            continue  # not one of ours
+        if directory.qmp.exists():
+            found.append(directory)
+    return found

@@ -1,0 +1,385 @@
+"""What the two coroutines stand on in a real process: sockets, the run token, the machine, and a thread to
+run them on.
+
+The calls are `async` so that a test can put a model under the same coroutines; here each one blocks its
+thread, within its deadline, and never yields. One thread carries one handover; the monitor stays free.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from vmm import __version__
+from vmm.cpr import incoming, outgoing
+from vmm.cpr.channel import CancelSwitch, Channel, Listener, connect
+from vmm.cpr.outgoing import TokenVerdict
+from vmm.cpr.protocol import (
+    LARGEST_REASON,
+    Cancel,
+    Commit,
+    FdEntry,
+    Offer,
+    Prepared,
+    Refuse,
+    Running,
+    State,
+    TraceEvent,
+    expect,
+    unexpected,
+)
+from vmm.cpr.report import Report
+from vmm.cpr.token import RunToken
+from vmm.errors import HandoverError, PeerError, StateError
+from vmm.fds import FdStore
+from vmm.trace import Event, Tracer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+NAP_S = 0.02
+TOKEN_TRIES_AFTER_HANG_UP = 100  # a dying process closes its sockets before the kernel drops its locks
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long each side waits, in seconds."""
+
+    setup_s: float = 30.0
+    prepare_s: float = 5.0
+    commit_s: float = 5.0
+
+
+class OutgoingMachine(Protocol):
+    """What a handover needs of the machine it gives away."""
+
+    def describe(self) -> bytes:
+        """The configuration as JSON."""
+
+    def hold_fds(self) -> None:
+        """Open and close no fd from here on."""
+
+    def release_fds(self) -> None:
+        """Undo `hold_fds`, where `quiesce` was not reached."""
+
+    def fd_table(self) -> list[tuple[str, int, int]]:
+        """`(name, id, fd)` of all that is to be sent."""
+
+    def quiesce(self) -> bool:
+        """Stop the guest and store its state; whether it was running."""
+
+    def roll_back(self) -> None:
+        """Undo `quiesce`."""
+
+    def gave_up(self) -> None:
+        """The guest is gone for good."""
+
+
+class IncomingMachine(Protocol):
+    """What a handover needs of the machine it builds."""
+
+    def load(self) -> None:
+        """Load the state from the state memfd."""
+
+    def resume(self, *, running: bool) -> None:
+        """Run the guest, or hold it paused."""
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never yields to its end."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise AssertionError("a live handover step yielded")
+
+
+class LiveOutgoing:
+    """OutgoingWorld over real sockets."""
+
+    def __init__(
+        self,
+        machine: OutgoingMachine,
+        token: RunToken,
+        *,
+        cpr_path: str,
+        main_path: str,
+        timeouts: Timeouts,
+        tracer: Tracer,
+        report: Report,
+        on_phase: Callable[[outgoing.Phase, str | None], None],
+    ) -> None:
+        self.phase = outgoing.Phase.IDLE
+        self.cancel = CancelSwitch()
+        self.report = report
+        self._machine = machine
+        self._token = token
+        self._epoch = token.epoch()
+        self._paths = {"cpr": cpr_path, "main": main_path}
+        self._timeouts = timeouts
+        self._tracer = tracer
+        self._on_phase = on_phase
+        self._cpr: Channel | None = None
+        self._main: Channel | None = None
+        self._was_running = False
+        self._peer: int | None = None
+
+    def connect_cpr(self) -> None:
+        """Connect early, so that `migrate` itself can answer with what is wrong. Raises PeerError."""
+        self._tracer.mark("migrate")
+        self._cpr = connect(self._paths["cpr"], self.cancel)
+
+    def enter(self, phase: outgoing.Phase, error: str | None = None) -> None:
+        outgoing.check_transition(self.phase, phase)
+        self.phase = phase
+        self.report.outcome = phase.value
+        self.report.error = error
+        if phase is outgoing.Phase.COMPLETED:
+            self._tracer.mark("completed")
+            self.report.add(self._tracer)
+        self._on_phase(phase, error)
+
+    async def offer(self) -> None:
+        assert self._cpr is not None
+        self._machine.hold_fds()
+        table = self._machine.fd_table()
+        offer = Offer(
+            release=__version__,
+            mode=self.report.mode,
+            method=self.report.method,
+            machine=msgspec.Raw(self._machine.describe()),
+            fds=[FdEntry(name, index) for name, index, _ in table],
+        )
+        self._cpr.send(offer, [fd for _, _, fd in table], self._timeouts.setup_s)
+        self._tracer.mark("offer-sent")
+
+    async def wait_ready(self) -> None:
+        assert self._cpr is not None
+        message = self._cpr.wait_hang_up(self._timeouts.setup_s)
+        if message is not None:
+            raise unexpected(message, "a hang-up")
+        self._cpr.close()
+        self._cpr = None
+
+    async def connect_main(self) -> None:
+        self._main = connect(self._paths["main"], self.cancel)
+        self._tracer.mark("main-connected")
+
+    async def pause(self) -> None:
+        self._was_running = self._machine.quiesce()
+
+    async def send_state(self) -> None:
+        self._channel.send(State(self._epoch, self._was_running), (), self._timeouts.prepare_s)
+
+    @property
+    def _channel(self) -> Channel:
+        if self._main is None:
+            raise PeerError("the main channel is closed")
+        return self._main
+
+    async def receive_prepared(self) -> None:
+        message, fds = self._channel.receive(self._timeouts.prepare_s)
+        _close_all(fds)
+        expect(message, Prepared)
+        self._tracer.mark("prepared")
+
+    def begin_commit(self) -> None:
+        self.cancel.disarm()
+
+    async def release_token(self) -> None:
+        self._token.release()
+
+    async def send_commit(self) -> None:
+        self._channel.send(Commit(), (), self._timeouts.commit_s)
+
+    async def receive_running(self) -> None:
+        message, fds = self._channel.receive(self._timeouts.commit_s)
+        _close_all(fds)
+        running = expect(message, Running)
+        self.report.new_pid = running.pid
+        self.report.vm_fd_received = running.received
+        self.report.vm_fd_probe = running.probe
+        self.report.add(Event(event.name, event.ns, "new", running.pid) for event in running.events)
+
+    async def ask_token(self) -> TokenVerdict:
+        try:
+            if self._token.take(self._epoch):
+                self._epoch = self._token.epoch()
+                return TokenVerdict.MINE
+        except StateError:
+            return TokenVerdict.LOST
+        return TokenVerdict.UNDECIDED if self._token.epoch() == self._epoch else TokenVerdict.RUNS_THERE
+
+    async def nap(self) -> None:
+        time.sleep(NAP_S)
+
+    async def withdraw(self, reason: str) -> None:
+        for channel in (self._cpr, self._main):
+            if channel is not None:
+                _say_last(channel, Cancel(reason[:LARGEST_REASON]))
+        self._cpr = self._main = None
+        self._machine.release_fds()
+
+    async def roll_back(self) -> None:
+        self._machine.roll_back()
+
+    async def give_up(self) -> None:
+        self._machine.gave_up()
+        if self._main is not None:
+            self._main.close()
+
+    def close(self) -> None:
+        """Give the last fds back, once the coroutine has ended."""
+        self.cancel.close()
+
+
+class LiveIncoming:
+    """IncomingWorld over real sockets. `build` makes the machine from the configuration's JSON and the
+    received fds.
+    """
+
+    def __init__(
+        self,
+        *,
+        cpr_path: str,
+        main_path: str,
+        build: Callable[[bytes, FdStore, RunToken], IncomingMachine],
+        probe: Callable[[FdStore], str],
+        timeouts: Timeouts,
+        tracer: Tracer,
+        on_phase: Callable[[incoming.Phase, str | None], None],
+    ) -> None:
+        """Listen on cpr at once; the old VMM may come any time. Raises HandoverError where that cannot be."""
+        self.phase = incoming.Phase.LISTENING
+        self.cancel = CancelSwitch()
+        self.fds = FdStore()
+        self.token: RunToken | None = None
+        self.machine: IncomingMachine | None = None
+        self._main_path = main_path
+        self._build = build
+        self._probe = probe
+        self._timeouts = timeouts
+        self._tracer = tracer
+        self._on_phase = on_phase
+        self._cpr_listener = Listener(cpr_path)
+        self._main_listener: Listener | None = None
+        self._cpr: Channel | None = None
+        self._main: Channel | None = None
+        self._offer: Offer | None = None
+        self._state: State | None = None
+        self._probed = "not received"
+
+    def enter(self, phase: incoming.Phase, error: str | None = None) -> None:
+        incoming.check_transition(self.phase, phase)
+        self.phase = phase
+        self._on_phase(phase, error)
+
+    async def receive_offer(self) -> None:
+        self._cpr = self._cpr_listener.accept(None, self.cancel)
+        self._cpr_listener.close()
+        message, fds = self._cpr.receive(self._timeouts.setup_s)
+        try:
+            offer = expect(message, Offer)
+            if len(fds) != len(offer.fds):
+                raise StateError(f"the fd table has {len(offer.fds)} rows, {len(fds)} fds came")
+            for entry in offer.fds:
+                if self.fds.find(entry.name, entry.id) is not None:
+                    raise StateError(f"fd {entry.name}/{entry.id} came twice")
+                self.fds.add(entry.name, entry.id, fds.pop(0))
+        finally:
+            _close_all(fds)
+        self._offer = offer
+        self._tracer.mark("offer-received")
+
+    async def build(self) -> None:
+        assert self._offer is not None
+        self._probed = self._probe(self.fds)
+        self.token = RunToken.open(self.fds)
+        self.machine = self._build(bytes(self._offer.machine), self.fds, self.token)
+        self._tracer.mark("built")
+
+    async def listen_main(self) -> None:
+        assert self._cpr is not None
+        self._main_listener = Listener(self._main_path)
+        self._cpr.close()
+        self._cpr = None
+
+    async def receive_state(self) -> None:
+        assert self._main_listener is not None
+        self._main = self._main_listener.accept(self._timeouts.setup_s, self.cancel)
+        self._main_listener.close()
+        message, fds = self._main.receive(self._timeouts.setup_s)
+        self._tracer.mark("state-received")
+        _close_all(fds)
+        self._state = expect(message, State)
+
+    async def load(self) -> None:
+        assert self.machine is not None
+        self.machine.load()
+
+    async def send_prepared(self) -> None:
+        assert self._main is not None
+        self._main.send(Prepared(), (), self._timeouts.prepare_s)
+
+    async def receive_commit(self) -> None:
+        assert self._main is not None
+        message, fds = self._main.receive(self._timeouts.commit_s)
+        _close_all(fds)
+        expect(message, Commit)
+
+    async def take_token(self) -> bool:
+        assert self.token is not None and self._state is not None
+        for _ in range(TOKEN_TRIES_AFTER_HANG_UP):
+            if self.token.take(self._state.epoch):
+                self._tracer.mark("token-taken")
+                return True
+            time.sleep(NAP_S)
+        return False
+
+    async def run(self) -> None:
+        assert self.machine is not None and self._state is not None
+        self.machine.resume(running=self._state.running)
+
+    async def send_running(self) -> None:
+        assert self._main is not None
+        events = [TraceEvent(event.name, event.ns) for event in self._tracer]
+        try:
+            self._main.send(Running(os.getpid(), self._probed, True, events), (), self._timeouts.commit_s)
+        except PeerError as error:
+            log.warning("the guest runs here; the old VMM was not there to be told: %s", error)
+        self._main.close()
+        self._main = None
+
+    async def refuse(self, reason: str) -> None:
+        for channel in (self._cpr, self._main):
+            if channel is not None:
+                _say_last(channel, Refuse(reason[:LARGEST_REASON]))
+        self._cpr = self._main = None
+        for listener in (self._cpr_listener, self._main_listener):
+            if listener is not None:
+                listener.close()
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+
+
+def _say_last(channel: Channel, message: Cancel | Refuse) -> None:
+    """Send a last message to a peer that may be gone, and close."""
+    if not channel.say_last(message):
+        log.info("the peer was not there to be told: %s", message.reason)
+
+
+def refusal(differences: list[str]) -> HandoverError:
+    """The error for an operator whose options differ from the running machine."""
+    return HandoverError(
+        "the machine that is handed over differs from what was asked for here: " + "; ".join(differences)
+    )

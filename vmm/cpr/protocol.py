@@ -1,0 +1,161 @@
+"""The words of a handover: what goes over the cpr and the main channel, in which order, and how it is
+bounded.
+
+    old VMM                         cpr channel                          new VMM
+                                                                         listens
+    connects          ──  Offer (configuration, fd table) + fds  ──▶     maps RAM, builds the machine
+                      ◀──  Refuse (reason)   or   hang-up: ready ──      listens on main
+                                    main channel
+    connects, pauses  ──  State (epoch, was it running?)         ──▶     loads the state
+                      ◀──  Prepared   or   Refuse                ──
+    releases token    ──  Commit                                 ──▶     takes the token, runs the guest
+                      ◀──  Running (its part of the report)      ──      serves
+    postmigrate
+
+Until Commit the old VMM can take everything back, and does on any error, hang-up, timeout or cancel (it says
+Cancel where it still can). After Commit the token says who runs the guest, whatever else gets lost.
+
+A message is a header (be32 magic, be32 protocol version, be32 length of the body, be32 number of fds) and a
+JSON body; its fds come right behind it, in batches of one byte with SCM_RIGHTS. Magic, version, length and
+count are checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, TypeVar
+
+import msgspec
+
+from vmm.errors import StateError
+
+MAGIC = 0x56435052  # "VCPR"
+VERSION = 1
+OLDEST_VERSION = 1
+HEADER = struct.Struct(">IIII")
+LARGEST_BODY = 1 << 20
+MOST_FDS = 1024
+FDS_PER_BATCH = 250  # below the kernel's SCM_MAX_FD, 253
+LARGEST_REASON = 4096
+
+
+class FdEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One row of the fd table; the fds travel in the order of the table."""
+
+    name: str
+    id: int
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all messages."""
+
+
+class Offer(Message, frozen=True, tag="offer"):
+    """Old to new, on cpr: the machine and its fds. The guest runs on."""
+
+    release: str
+    mode: str
+    method: str
+    machine: msgspec.Raw
+    fds: list[FdEntry]
+
+
+class Refuse(Message, frozen=True, tag="refuse"):
+    """New to old: this will not work, and why. The old VMM keeps the guest."""
+
+    reason: str
+
+
+class State(Message, frozen=True, tag="state"):
+    """Old to new, on main: the guest is stopped, its state is in the state memfd. `epoch` is the token's."""
+
+    epoch: int
+    running: bool
+
+
+class Prepared(Message, frozen=True, tag="prepared"):
+    """New to old: everything is loaded; nothing can fail any more but dying."""
+
+
+class Commit(Message, frozen=True, tag="commit"):
+    """Old to new: the token is released; take it and run."""
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """Old to new: the handover is off."""
+
+    reason: str
+
+
+class TraceEvent(msgspec.Struct, frozen=True, array_like=True):
+    """One trace event of the new VMM: name and CLOCK_MONOTONIC nanoseconds."""
+
+    name: str
+    ns: int
+
+
+class Running(Message, frozen=True, tag="running"):
+    """New to old: the guest is mine. With its part of the report."""
+
+    pid: int
+    probe: str
+    received: bool
+    events: list[TraceEvent]
+
+
+Any_Message = Offer | Refuse | State | Prepared | Commit | Cancel | Running
+_decoder = msgspec.json.Decoder(Any_Message)
+_encoder = msgspec.json.Encoder()
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message, fds: int = 0) -> bytes:
+    """Header and body of `message`, announcing `fds` file descriptors."""
+    body = _encoder.encode(message)
+    if len(body) > LARGEST_BODY or fds > MOST_FDS:
+        raise StateError(
+            f"{type(message).__name__}: {len(body)} bytes and {fds} fds are more than the channel takes"
+        )
+    return HEADER.pack(MAGIC, VERSION, len(body), fds) + body
+
+
+def decode_header(header: bytes) -> tuple[int, int]:
+    """`(body length, number of fds)` of a message. Raises StateError for what is no message of ours."""
+    magic, version, length, fds = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise StateError(f"the peer speaks another protocol (magic {magic:#x}, expected {MAGIC:#x})")
+    if not OLDEST_VERSION <= version <= VERSION:
+        raise StateError(
+            f"the peer speaks protocol version {version}, this VMM {OLDEST_VERSION} to {VERSION}; update one of them"
+        )
+    if length > LARGEST_BODY or fds > MOST_FDS:
+        raise StateError(
+            f"the peer announces {length} bytes and {fds} fds; at most {LARGEST_BODY} and {MOST_FDS} are taken"
+        )
+    return length, fds
+
+
+def decode_body(body: bytes) -> Any_Message:
+    """The message in `body`. Raises StateError."""
+    try:
+        return _decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise StateError(f"the peer sent a message that cannot be read: {error}") from error
+
+
+def unexpected(message: Any, wanted: str) -> StateError:
+    """The error that `message` stands for where `wanted` should have come: a Refuse or Cancel carries its own
+    reason.
+    """
+    if isinstance(message, Refuse):
+        return StateError(f"the new VMM refuses: {message.reason[:LARGEST_REASON]}")
+    if isinstance(message, Cancel):
+        return StateError(f"the old VMM cancelled: {message.reason[:LARGEST_REASON]}")
+    return StateError(f"the peer sent {type(message).__name__} where {wanted} was expected")
+
+
+def expect(message: Any, wanted: type[M]) -> M:
+    """`message` where it is a `wanted`; raises `unexpected` otherwise."""
+    if isinstance(message, wanted):
+        return message
+    raise unexpected(message, wanted.__name__)

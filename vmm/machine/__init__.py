@@ -1,0 +1,3 @@
+"""The machine: configuration, run state, vCPU threads, KVM state, and the one place where a machine is put
+together.
+"""

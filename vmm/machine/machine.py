@@ -1,0 +1,574 @@
+"""The composition root: builds a machine from its configuration, on new fds or on those of the previous VMM,
+and runs it.
+
+Cold start and handover are one code path: RAM, state memfd and devices ask the FdStore for what they need and
+find it or make it. What differs is one line: a new machine gets its image and boot registers, a received one
+gets `load`.
+
+Threads: `start`, `stop`, `cont`, `reset`, `close` belong to the main thread; `quiesce`, `load`, `resume`,
+`roll_back` to the thread that carries a handover. One lock orders them; the run state says what is possible.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
+from vmm.boot.cpuid import CpuidEntry, guest_cpuid, offers_1gib_pages
+from vmm.boot.image import Image, load_image, resolve_kernel
+from vmm.boot.x86 import BootFlags, apply_boot_state, prepare_memory
+from vmm.bus import Bus
+from vmm.devices.chardev import Reactor, open_chardev, parse_serial
+from vmm.devices.debug_exit import DebugExit
+from vmm.devices.power import PowerOff
+from vmm.devices.reset import RESET_PORTS, I8042, ResetControl
+from vmm.devices.serial import Serial
+from vmm.errors import ConfigError, GuestCrash, HandoverError, HostError, VmmError
+from vmm.fds import FdStore, sealed_memfd
+from vmm.irq import IrqLine, UnconnectedIrq
+from vmm.kvm import Cap, System, Vm, abi, sized
+from vmm.kvm.capabilities import require
+from vmm.machine.config import MachineConfig
+from vmm.machine.kvm_state import MsrList, VcpuState, VmState, vcpu_pieces, vm_pieces
+from vmm.machine.runstate import RunState, check_transition
+from vmm.machine.vcpu_thread import VcpuThread
+from vmm.memory import GuestMemory, layout
+from vmm.state import Arena
+from vmm.state.arena import SIZE as ARENA_SIZE
+from vmm.trace import Tracer
+
+log = logging.getLogger(__name__)
+
+COM1_PORT, COM1_IRQ = 0x3F8, 4
+DEBUG_EXIT_PORT = 0xF4
+I8042_PORT = 0x60
+RESET_CONTROL_PORT = 0xCF8  # the register is at 0xCF9
+POWER_OFF_PORT = 0x604  # PM1a control, as QEMU's q35 has it
+PIO_SPACE, MMIO_SPACE = 1 << 16, 1 << 52
+STOP_TIMEOUT_S = 5.0
+
+
+class MachineListener(Protocol):
+    """Who hears of what the machine does. Called on vCPU threads as well: must not block."""
+
+    def run_state_changed(self, old: RunState, new: RunState) -> None:
+        """The run state is now `new`."""
+
+    def guest_exited(self, status: int, reason: str) -> None:
+        """The guest ended; `status` is what the process should end with."""
+
+    def guest_crashed(self, error: GuestCrash) -> None:
+        """The guest cannot go on."""
+
+    def reset_requested(self) -> None:
+        """The guest asked for a reset; `Machine.reset` is to be called on the main thread."""
+
+    def failed(self, error: BaseException) -> None:
+        """A thread of the machine met an error of the VMM's own."""
+
+
+class MachineState(ctypes.LittleEndianStructure):
+    """The machine's own section: what must be known of it to whoever runs it next."""
+
+    VERSION: ClassVar[int] = 1
+    _fields_ = (
+        ("reset_pending", ctypes.c_uint32),
+        ("ended", ctypes.c_uint32),
+        ("exit_status", ctypes.c_uint32),
+        ("resets", ctypes.c_uint32),
+    )
+
+
+class _KernelIrqLine:
+    """A wire into the in-kernel interrupt controllers."""
+
+    def __init__(self, vm: Vm, gsi: int) -> None:
+        self._vm = vm
+        self._gsi = gsi
+
+    def set(self, level: bool) -> None:
+        self._vm.irq_line(self._gsi, level)
+
+
+def _cpuid_block(entries: tuple[CpuidEntry, ...]) -> abi.kvm_cpuid2:
+    block = sized(abi.kvm_cpuid2, len(entries))(nent=len(entries))
+    for slot, entry in zip(block.entries, entries, strict=True):
+        for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx"):
+            setattr(slot, name, getattr(entry, name))
+    return block
+
+
+class _Latch:
+    """Waits until `count` jobs have reported, and hands on the first error among them."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._guard = threading.Lock()
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._error: BaseException | None = None
+
+    def report(self, error: BaseException | None = None) -> None:
+        with self._guard:
+            self._left -= 1
+            self._error = self._error or error
+            if self._left == 0:
+                self._done.release()
+
+    def wait(self, timeout_s: float, what: str) -> None:
+        if not self._done.acquire(timeout=timeout_s):
+            raise VmmError(f"{what}: {self._left} vCPU threads did not answer within {timeout_s} s")
+        if self._error is not None:
+            raise self._error
+
+
+class Machine:
+    """One guest machine in this process."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        fds: FdStore,
+        *,
+        received: bool,
+        tracer: Tracer,
+        reactor: Reactor,
+        listener: MachineListener,
+        may_run: Callable[[], bool],
+    ) -> None:
+        """Build the machine; `received` says that `fds` and the state in them came from another VMM.
+
+        Raises ConfigError, ImageError, HostError or StateError before anything runs; then nothing of it is
+        left behind but `fds`.
+        """
+        self.config = config
+        self.fds = fds
+        self.tracer = tracer
+        self.run_state = RunState.INMIGRATE if received else RunState.PRELAUNCH
+        self._listener = listener
+        self._lock = threading.RLock()
+        self._resume_to = RunState.RUNNING
+        self._loaded = not received
+        image = None if received else self._load_image()  # a bad image is refused before any VM exists
+        self.system = System()
+        require(self.system)
+        self.memory = GuestMemory.map(fds, config.memory, config.hugepages)
+        self.arena = Arena.open(fds)
+        self.state = self.arena.place("machine", 0, MachineState)
+        self.vm = self._build_vm()
+        self.pio, self.mmio = Bus("PIO", PIO_SPACE), Bus("MMIO", MMIO_SPACE)
+        self.threads = self._build_vcpus(may_run)
+        self.tsc_khz = self.threads[0].vcpu.tsc_khz
+        self._build_state()
+        self._build_devices(reactor)
+        if image is not None:
+            self._boot(image)
+        for thread in self.threads:
+            thread.start()
+
+    # -- building
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _load_image(self) -> Image:
+        if self.config.kernel is None:
+            raise ConfigError("no kernel given; name an ELF image or a prebuilt guest such as 'ticker'")
+        return load_image(
+            resolve_kernel(self.config.kernel),
+            ram=layout(self.config.memory),
+            entry_mode=self.config.boot_mode(),
+            load_address=self.config.load_address,
+        )
+
+    def _build_vm(self) -> Vm:
+        vm = self.system.create_vm()
+        vm.set_tss_address(0xFFFB_D000)
+        vm.set_identity_map(0xFFFB_C000)
+        for capability in (Cap.EXCEPTION_PAYLOAD, Cap.X86_TRIPLE_FAULT_EVENT):
+            if vm.check(capability):
+                vm.enable_cap(capability, 0, 1)
+        for slot, region in enumerate(self.memory.regions):
+            vm.set_memory(slot, region.gpa, region.size, region.hva, region.fd, 0)
+        if self.config.irqchip == "kernel":
+            vm.create_irqchip()
+            vm.create_pit()
+        elif self.config.irqchip == "split":
+            vm.enable_cap(Cap.SPLIT_IRQCHIP, 0, 24)
+        return vm
+
+    def _build_vcpus(self, may_run: Callable[[], bool]) -> list[VcpuThread]:
+        block = self.system.supported_cpuid()
+        supported = block.entries[: block.nent]
+        self._gigabyte_pages = offers_1gib_pages(supported)
+        deadline = bool(self.vm.check(Cap.TSC_DEADLINE_TIMER)) and self.config.irqchip != "none"
+        threads = []
+        for index in range(self.config.cpus):
+            vcpu = self.vm.create_vcpu(index)
+            entries = guest_cpuid(
+                supported, index, self.config.cpus, tsc_deadline=deadline, tsc_khz=vcpu.tsc_khz
+            )
+            vcpu.set_cpuid(_cpuid_block(entries))
+            threads.append(VcpuThread(vcpu, self.pio, self.mmio, self, may_run))
+        return threads
+
+    def _build_state(self) -> None:
+        in_kernel_lapic = self.config.irqchip != "none"
+        pieces = vcpu_pieces(self.vm, in_kernel_lapic=in_kernel_lapic)
+        of_vm = vm_pieces(irqchip=self.config.irqchip == "kernel", pit=self.config.irqchip == "kernel")
+        msrs = MsrList.probe(self.threads[0].vcpu, self.system.msr_index_list())
+        self._fresh_fd = sealed_memfd("vmm-fresh", ARENA_SIZE)
+        fresh = Arena(self._fresh_fd, create=True)
+        vcpus = [thread.vcpu for thread in self.threads]
+        self._fresh = (
+            [VcpuState(fresh, vcpu, pieces, msrs) for vcpu in vcpus],
+            VmState(fresh, self.vm, of_vm),
+        )
+        for state in (*self._fresh[0], self._fresh[1]):
+            state.save()
+        self._vcpu_states = [VcpuState(self.arena, vcpu, pieces, msrs) for vcpu in vcpus]
+        self._vm_state = VmState(self.arena, self.vm, of_vm)
+
+    def _irq(self, gsi: int) -> IrqLine:
+        return _KernelIrqLine(self.vm, gsi) if self.config.irqchip == "kernel" else UnconnectedIrq()
+
+    def _build_devices(self, reactor: Reactor) -> None:
+        self.chardev = open_chardev(parse_serial(self.config.serial), self.fds, self.arena, reactor)
+        self.serial = Serial(self.arena, self._irq(COM1_IRQ), self.chardev)
+        self.pio.attach(COM1_PORT, 8, self.serial, "serial")
+        self.pio.attach(DEBUG_EXIT_PORT, 4, DebugExit(self._debug_exit), "debug-exit")
+        self.pio.attach(I8042_PORT, 5, I8042(self.guest_reset), "i8042")
+        reset_control = ResetControl(self.arena, self.guest_reset)
+        self.pio.attach(RESET_CONTROL_PORT, RESET_PORTS, reset_control, "reset-control")
+        self.pio.attach(POWER_OFF_PORT, 2, PowerOff(self._power_off), "power-off")
+
+    def _boot(self, image: Image, *, again: bool = False) -> None:
+        """Put the image and the boot protocol's tables into RAM and the first vCPU at its entry."""
+        kernel_irqchip = self.config.irqchip == "kernel"
+        if again:
+            for segment in image.segments:
+                self.memory.write(segment.gpa, bytes(segment.memory_size))
+        regions = layout(self.config.memory)
+        prepare_memory(
+            self.memory.write,
+            image,
+            ram_below_4g=regions[0][1],
+            ram_above_4g=regions[1][1] if len(regions) > 1 else 0,
+            cpus=self.config.cpus,
+            tsc_khz=self.tsc_khz,
+            flags=(BootFlags.IRQCHIP | BootFlags.PIT) if kernel_irqchip else 0,
+            cmdline=self.config.append,
+            pdpe1gb=self._gigabyte_pages,
+        )
+        vcpu = self.threads[0].vcpu
+        regs, sregs = abi.kvm_regs(), abi.kvm_sregs()
+        vcpu.get_regs(regs)
+        vcpu.get_sregs(sregs)
+        apply_boot_state(regs, sregs, image)
+        vcpu.set_sregs(sregs)
+        vcpu.set_regs(regs)
+
+    # -- the main thread's calls
+    # ------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether the guest runs."""
+        return self.run_state is RunState.RUNNING
+
+    def _enter(self, new: RunState) -> None:
+        old = self.run_state
+        check_transition(old, new)
+        self.run_state = new
+        self._listener.run_state_changed(old, new)
+
+    def start(self, *, paused: bool = False) -> None:
+        """Run a new machine for the first time, or leave it `paused`."""
+        with self._lock:
+            self.chardev.start()
+            self._go(RunState.PAUSED if paused else RunState.RUNNING)
+
+    def _go(self, to: RunState) -> None:
+        """Enter `to`; where that is RUNNING, let the vCPUs go (a reset asked for earlier is done first)."""
+        self._enter(to)
+        if to is not RunState.RUNNING:
+            return
+        if self.state.reset_pending:
+            self._reset_stopped()
+        for thread in self.threads:
+            thread.resume()
+
+    def stop(self) -> None:
+        """QMP `stop`: pause the vCPUs; nothing where they are paused already."""
+        with self._lock:
+            if self.run_state is RunState.RUNNING:
+                self._pause_vcpus(None)
+                self._enter(RunState.PAUSED)
+
+    def cont(self) -> None:
+        """QMP `cont`: run on. Raises VmmError in a run state that does not allow it."""
+        with self._lock:
+            if self.run_state is RunState.PAUSED:
+                self._go(RunState.RUNNING)
+            elif self.run_state is not RunState.RUNNING:
+                raise VmmError(f"the guest cannot run: run state is {self.run_state.value}")
+
+    def reset(self) -> None:
+        """Start the guest afresh from its image, RAM otherwise kept. In the middle of a handover the next VMM
+        does it.
+        """
+        with self._lock:
+            self.state.reset_pending = 1
+            if self.run_state is RunState.RUNNING:
+                self._pause_vcpus(None)
+                self._reset_stopped()
+                for thread in self.threads:
+                    thread.resume()
+            elif self.run_state is RunState.PAUSED:
+                self._reset_stopped()
+
+    def _reset_stopped(self) -> None:
+        image = self._load_image()
+        vcpu_states, vm_state = self._fresh
+        for state in vcpu_states:
+            offset = state.vcpu.tsc_offset
+            state.load()
+            state.vcpu.tsc_offset = offset
+        vm_state.load()
+        self.serial.reset()
+        self._boot(image, again=True)
+        self.state.resets += 1
+        self.state.reset_pending = 0
+
+    def settle(self, final: RunState) -> None:
+        """The guest has ended by itself: its threads have stopped, the run state says how."""
+        with self._lock:
+            if self.run_state in (RunState.RUNNING, RunState.PAUSED):
+                self._enter(final)
+
+    def stats(self) -> dict[str, object]:
+        """Counts of what no device claimed, and of resets."""
+        return {
+            "unclaimed": {
+                bus.name: {
+                    **{f"{address:#x}": count for address, count in bus.unclaimed.items()},
+                    "elsewhere": bus.unclaimed_elsewhere,
+                }
+                for bus in (self.pio, self.mmio)
+            },
+            "resets": self.state.resets,
+        }
+
+    def inject_nmi(self) -> None:
+        """QMP `inject-nmi`: an NMI to every vCPU, as QEMU has it."""
+        with self._lock:
+            if self.run_state is RunState.RUNNING and self.config.irqchip != "none":
+                for thread in self.threads:
+                    thread.vcpu.nmi()
+
+    def close(self) -> None:
+        """End the threads and give everything but the fds back. After this only `fds.close()` is left to do."""
+        with self._lock:
+            for thread in self.threads:
+                thread.finish()
+            self.chardev.close()
+            for thread in self.threads:
+                thread.vcpu.close()
+            self.vm.close()
+            self.system.close()
+            os.close(self._fresh_fd)
+
+    # -- the handover's calls
+    # ---------------------------------------------------------------------------------------------------
+
+    def _pause_vcpus(self, job: Callable[[int], None] | None, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Stop every vCPU between two instructions and, on its own thread, do `job(index)`."""
+        for thread in self.threads:
+            thread.pause()
+        self._on_vcpus(job, timeout_s)
+
+    def _on_vcpus(self, job: Callable[[int], None] | None, timeout_s: float) -> None:
+        latch = _Latch(len(self.threads))
+
+        def work(index: int) -> Callable[[], None]:
+            def run() -> None:
+                error: BaseException | None = None
+                try:
+                    if job is not None:
+                        job(index)
+                except BaseException as caught:  # handed to the waiting thread by the latch
+                    error = caught
+                latch.report(error)
+
+            return run
+
+        for thread in self.threads:
+            thread.submit(work(thread.index))
+        latch.wait(timeout_s, "stopping the vCPUs")
+
+    def quiesce(self) -> bool:
+        """Stop the guest and put all of its state into the state memfd. Returns whether it was running.
+
+        Raises HandoverError where the guest has ended meanwhile; any failure leaves it as it was.
+        """
+        with self._lock:
+            was = self.run_state
+            if was not in (RunState.RUNNING, RunState.PAUSED) or self.state.ended:
+                raise HandoverError(
+                    f"the guest has ended (run state {was.value}); there is nothing to hand over"
+                )
+            self._resume_to = was
+            self._enter(RunState.FINISH_MIGRATE)
+            try:
+                self.tracer.mark("pause")
+                self._pause_vcpus(lambda index: self._vcpu_states[index].save())
+                self.tracer.mark("vcpus-saved")
+                if self.state.ended:
+                    raise HandoverError("the guest ended while it was being stopped")
+                self._vm_state.save()
+                self.chardev.freeze()
+                self.tracer.mark("saved")
+            except BaseException:
+                self.roll_back()
+                raise
+            return was is RunState.RUNNING
+
+    def roll_back(self) -> None:
+        """The handover failed after `quiesce`: be as before it."""
+        with self._lock:
+            self.chardev.thaw()
+            if self.state.ended:
+                self._enter(RunState.SHUTDOWN)
+            else:
+                self._go(self._resume_to)
+            self.tracer.mark("rolled-back")
+
+    def gave_up(self) -> None:
+        """The handover is committed: the guest is another VMM's for good."""
+        with self._lock:
+            self._enter(RunState.POSTMIGRATE)
+
+    def load(self) -> None:
+        """Give vCPUs and VM the state in the state memfd. Raises StateError; then the old VMM still has the
+        guest.
+        """
+        with self._lock:
+            if len(self.threads) == 1:
+                self._vcpu_states[0].load()  # one hop less
+            else:
+                self._on_vcpus(lambda index: self._vcpu_states[index].load(), STOP_TIMEOUT_S)
+            self._vm_state.load()
+            self._loaded = True
+            self.tracer.mark("loaded")
+
+    def resume(self, *, running: bool) -> None:
+        """Run the guest that was loaded, or hold it paused where it was paused before."""
+        with self._lock:
+            if not self._loaded:
+                raise VmmError("resume without load")
+            self._go(RunState.RUNNING if running else RunState.PAUSED)
+            self.tracer.mark("resumed")
+            self.chardev.start()
+
+    def hold_fds(self) -> None:
+        """From here on no fd is opened or closed: what `fd_table` says stays true until `roll_back` or
+        `release_fds`.
+        """
+        self.chardev.hold()
+
+    def release_fds(self) -> None:
+        """Undo `hold_fds`, where the handover ended before the guest was stopped."""
+        self.chardev.thaw()
+
+    def fd_table(self) -> list[tuple[str, int, int]]:
+        """Every fd of the machine, the KVM ones included, as `(name, id, fd)`."""
+        kvm = [("vm", 0, self.vm.fd)] + [("vcpu", thread.index, thread.vcpu.fd) for thread in self.threads]
+        return [*self.fds.items(), *kvm]
+
+    def guest_clock(self) -> dict[str, int]:
+        """One moment on three clocks: CLOCK_MONOTONIC ns, guest TSC cycles, and how far apart the readings
+        can be (ns).
+        """
+        data = abi.kvm_clock_data()
+        before = time.monotonic_ns()
+        self.vm.get_clock(data)
+        after = time.monotonic_ns()
+        if not data.flags & abi.KVM_CLOCK_HOST_TSC:
+            raise HostError("this host's KVM_GET_CLOCK gives no host TSC (KVM_CLOCK_HOST_TSC, Linux 5.16)")
+        guest_tsc = (data.host_tsc + self.threads[0].vcpu.tsc_offset) % (1 << 64)
+        return {
+            "monotonic-ns": (before + after) // 2,
+            "uncertainty-ns": after - before,
+            "guest-tsc": guest_tsc,
+            "tsc-khz": self.tsc_khz,
+        }
+
+    # -- what the guest does (ExitSink; vCPU threads)
+    # -----------------------------------------------------------------------------
+
+    def _stop_all(self) -> None:
+        for thread in self.threads:
+            if thread.is_current:
+                thread.stop_after_exit()
+            else:
+                thread.pause()
+
+    def _debug_exit(self, status: int) -> None:
+        self._end(status, "debug-exit")
+
+    def _end(self, status: int, reason: str) -> None:
+        self.state.exit_status = status
+        self.state.ended = 1
+        self._stop_all()
+        self._listener.guest_exited(status, reason)
+
+    def _power_off(self) -> None:
+        self.guest_shutdown("guest-shutdown")
+
+    def guest_shutdown(self, reason: str) -> None:
+        """The guest powered the machine off."""
+        self._end(0, reason)
+
+    def guest_reset(self) -> None:
+        """The guest asked for a reset: every vCPU stops, the main thread does the rest."""
+        self.state.reset_pending = 1
+        self._stop_all()
+        self._listener.reset_requested()
+
+    def guest_crashed(self, index: int, error: GuestCrash) -> None:
+        """Stop everything; the report carries registers and the bytes at RIP."""
+        self.state.ended = 1
+        self.state.exit_status = error.exit_code
+        self._stop_all()
+        self._listener.guest_crashed(GuestCrash(f"{error}\n{self.describe_vcpu(index)}"))
+
+    def thread_failed(self, index: int, error: BaseException) -> None:
+        """A vCPU thread's own failure."""
+        log.error("vCPU %d: %s", index, error, exc_info=error)
+        self._stop_all()
+        self._listener.failed(error)
+
+    def describe_vcpu(self, index: int) -> str:
+        """Registers and the bytes at RIP of a stopped vCPU, for a crash report."""
+        vcpu = self.threads[index].vcpu
+        regs, sregs = abi.kvm_regs(), abi.kvm_sregs()
+        vcpu.get_regs(regs)
+        vcpu.get_sregs(sregs)
+        general = " ".join(f"{name}={getattr(regs, name):#x}" for name, *_ in abi.kvm_regs._fields_)
+        control = " ".join(
+            f"{name}={getattr(sregs, name):#x}" for name in ("cr0", "cr2", "cr3", "cr4", "efer")
+        )
+        linear = regs.rip + (0 if sregs.efer & 0x400 else sregs.cs.base)
+        return f"registers: {general}\n{control} cs={sregs.cs.selector:#x}\nbytes at RIP: {self._code(index, linear)}"
+
+    def _code(self, index: int, linear: int) -> str:
+        found = self.threads[index].vcpu.translate(linear)
+        if found is None:
+            return "not mapped"
+        try:
+            return self.memory.read(found, 16).hex(" ")
+        except VmmError as error:
+            return str(error)

@@ -1,0 +1,211 @@
+"""One thread for each vCPU: it alone enters KVM_RUN for its vCPU and serves the exits; everything else
+reaches it as a job.
+
+    jobs:   run -> [pause + kick] -> save -> run            the old VMM, a handover that failed
+            load -> run                                     the new VMM
+
+A kick is a signal that is blocked in every thread and let through only while KVM_RUN runs
+(KVM_SET_SIGNAL_MASK), so no handler ever runs and a kick that comes early stays pending and ends the next
+KVM_RUN at once. A run job ends only between instructions: a pending I/O or MMIO exit is completed first, by
+entering once more with `immediate_exit` (KVM API, 5. The kvm_run structure).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from enum import IntEnum
+from queue import SimpleQueue
+from typing import Protocol
+
+from vmm.bus import Bus
+from vmm.errors import GuestCrash, VmmError
+from vmm.kvm import Exit, InternalError, SystemEvent, Vcpu, abi
+
+log = logging.getLogger(__name__)
+
+KICK = signal.SIGUSR1
+
+
+class ExitSink(Protocol):
+    """What a vCPU thread reports upwards; called on the vCPU's thread, must not block."""
+
+    def guest_reset(self) -> None:
+        """The guest asked for a reset (triple fault included where the platform makes it one)."""
+
+    def guest_shutdown(self, reason: str) -> None:
+        """The guest ended in an orderly way."""
+
+    def guest_crashed(self, index: int, error: GuestCrash) -> None:
+        """The guest cannot go on; the error says why."""
+
+    def thread_failed(self, index: int, error: BaseException) -> None:
+        """The thread met an error of the VMM's own."""
+
+
+class VcpuThread:
+    """The thread of one vCPU. `submit` and `pause` may be called from any other thread."""
+
+    def __init__(self, vcpu: Vcpu, pio: Bus, mmio: Bus, sink: ExitSink, may_run: Callable[[], bool]) -> None:
+        self.vcpu = vcpu
+        self.index = vcpu.index
+        self.native_id = 0
+        self._pio = pio
+        self._mmio = mmio
+        self._sink = sink
+        self._may_run = may_run
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._stop = False
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._main, name=f"vcpu-{vcpu.index}", daemon=True)
+        self._handlers: dict[int, Callable[[], None]] = {
+            Exit.IO: self._on_io,
+            Exit.MMIO: self._on_mmio,
+            Exit.HLT: self._on_halt,
+            Exit.SHUTDOWN: self._on_triple_fault,
+            Exit.SYSTEM_EVENT: self._on_system_event,
+            Exit.FAIL_ENTRY: self._on_fail_entry,
+            Exit.INTERNAL_ERROR: self._on_internal_error,
+            Exit.INTR: self._on_interrupted,
+            Exit.IRQ_WINDOW_OPEN: self._on_interrupted,
+        }
+
+    def start(self) -> None:
+        """Start the thread; returns once it waits for jobs."""
+        self._thread.start()
+        self._ready.wait()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Have the thread do `job` after those that it has already."""
+        self._jobs.put(job)
+
+    def resume(self) -> None:
+        """Have the thread run the guest until `pause`."""
+        self._stop = False
+        self._jobs.put(self._run)
+
+    def pause(self) -> None:
+        """End the run job at the next instruction boundary. Does not wait: `submit` a job to learn when it
+        has ended.
+        """
+        self._stop = True
+        self.kick()
+
+    def kick(self) -> None:
+        """Make KVM_RUN return, now or the next time it is entered."""
+        ident = self._thread.ident
+        if ident is not None and self._thread.is_alive():
+            signal.pthread_kill(ident, KICK)
+
+    def stop_after_exit(self) -> None:
+        """Called on this thread, by what serves an exit: end the run job once the exit is served."""
+        self._stop = True
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs on this thread."""
+        return threading.get_ident() == self._thread.ident
+
+    def finish(self, timeout_s: float = 5.0) -> None:
+        """End the thread and wait for it. Raises VmmError where it does not end in time."""
+        self.pause()
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise VmmError(f"vCPU {self.index}: its thread did not end within {timeout_s} s")
+
+    def _main(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK})
+        self.vcpu.set_signal_mask(signal.pthread_sigmask(signal.SIG_BLOCK, set()) - {KICK})
+        self.native_id = threading.get_native_id()
+        self._ready.set()
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except BaseException as error:  # reported whole; the thread goes on to serve `finish` and `save`
+                self._sink.thread_failed(self.index, error)
+
+    def _run(self) -> None:
+        vcpu, handlers, page = self.vcpu, self._handlers, self.vcpu.run_page
+        if not self._may_run():
+            raise VmmError(f"vCPU {self.index}: refused to enter the guest without the run token")
+        while not self._stop:
+            if vcpu.run():
+                handlers.get(page.exit_reason, self._on_unknown)()
+            else:
+                signal.sigtimedwait({KICK}, 0)
+        vcpu.immediate_exit = True
+        try:
+            while vcpu.run():  # completes the exit in progress; what that leads to is served too
+                handlers.get(page.exit_reason, self._on_unknown)()
+        finally:
+            vcpu.immediate_exit = False
+        signal.sigtimedwait({KICK}, 0)
+
+    def _on_io(self) -> None:
+        io = self.vcpu.run_page.io
+        size, port, pio = io.size, io.port, self._pio
+        data = self.vcpu.io_data(io.data_offset, size * io.count)
+        if io.direction == abi.KVM_EXIT_IO_OUT:
+            if io.count == 1:
+                pio.write(port, bytes(data))
+            else:
+                for at in range(0, len(data), size):
+                    pio.write(port, bytes(data[at : at + size]))
+        else:
+            for at in range(0, len(data), size):
+                data[at : at + size] = pio.read(port, size)
+
+    def _on_mmio(self) -> None:
+        mmio = self.vcpu.run_page.mmio
+        length = mmio.len
+        if mmio.is_write:
+            self._mmio.write(mmio.phys_addr, bytes(mmio.data[:length]))
+        else:
+            mmio.data[:length] = self._mmio.read(mmio.phys_addr, length)
+
+    def _on_halt(self) -> None:
+        # Only without an in-kernel LAPIC does HLT reach user space; then nothing can ever wake this vCPU.
+        self._stop = True
+        self._sink.guest_shutdown("guest-halt")
+
+    def _on_triple_fault(self) -> None:
+        self._crash("triple fault (KVM_EXIT_SHUTDOWN)")
+
+    def _on_system_event(self) -> None:
+        event = self.vcpu.run_page.system_event
+        self._stop = True
+        if event.type == SystemEvent.SHUTDOWN:
+            self._sink.guest_shutdown("guest-shutdown")
+        elif event.type == SystemEvent.RESET:
+            self._sink.guest_reset()
+        else:
+            self._crash(f"system event {event.type} (KVM_EXIT_SYSTEM_EVENT)")
+
+    def _on_fail_entry(self) -> None:
+        reason = self.vcpu.run_page.fail_entry.hardware_entry_failure_reason
+        self._crash(f"the CPU refused to enter the guest, hardware reason {reason:#x} (KVM_EXIT_FAIL_ENTRY)")
+
+    def _on_internal_error(self) -> None:
+        error = self.vcpu.run_page.internal
+        data = " ".join(f"{word:#x}" for word in error.data[: min(error.ndata, 16)])
+        what = _word(InternalError, error.suberror)
+        self._crash(f"KVM internal error: {what} (KVM_EXIT_INTERNAL_ERROR; data: {data or 'none'})")
+
+    def _on_interrupted(self) -> None:
+        signal.sigtimedwait({KICK}, 0)
+
+    def _on_unknown(self) -> None:
+        reason = self.vcpu.run_page.exit_reason
+        self._crash(f"exit reason {reason} ({_word(Exit, reason)}) that this VMM does not serve")
+
+    def _crash(self, why: str) -> None:
+        self._stop = True
+        self._sink.guest_crashed(self.index, GuestCrash(f"vCPU {self.index}: {why}"))
+
+
+def _word(kind: type[IntEnum], value: int) -> str:
+    """The enum's name for `value` in words, or the number where it has none."""
+    return kind(value).name.lower().replace("_", " ") if value in kind.__members__.values() else str(value)

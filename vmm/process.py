@@ -1,0 +1,500 @@
+"""One VMM process: its event loop, its machine, its monitor and the handover it may be in.
+
+The main thread runs the loop: monitor, console input, signals. vCPU threads run the guest. One more thread
+carries a handover while there is one. What those threads have to tell the monitor is posted to the loop;
+inside a pause it is kept back until the pause is over, so that nothing competes with the guest for the
+processors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from vmm.cpr import incoming, outgoing
+from vmm.cpr.live import IncomingMachine, LiveIncoming, LiveOutgoing, Timeouts, refusal, run
+from vmm.cpr.report import Report
+from vmm.cpr.token import RunToken
+from vmm.errors import GuestCrash, HandoverError, VmmError
+from vmm.fds import FdStore
+from vmm.machine.config import MachineConfig, differences, encode, from_mapping
+from vmm.machine.machine import Machine
+from vmm.machine.probe import probe_received_vm
+from vmm.machine.runstate import RunState
+from vmm.machine.vcpu_thread import KICK
+from vmm.qmp.backend import QmpError
+from vmm.qmp.schema import MigrationMode, UnixSocket
+from vmm.qmp.commands import COMMANDS
+from vmm.qmp.server import QmpServer
+from vmm.trace import Tracer
+
+log = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.0005  # how long a thread that computes may keep the interpreter from one that wakes up
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Where a new VMM waits for the old one."""
+
+    cpr_path: str
+    main_path: str
+
+
+@dataclass
+class Options:
+    """What one VMM process was started with; the machine's own part is `given`."""
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+    config: MachineConfig | None = None
+    qmp_paths: tuple[str, ...] = ()
+    incoming: Incoming | None = None
+    paused: bool = False
+    owned: Callable[[], None] = lambda: None  # called once this process runs the machine
+    disowned: Callable[[], None] = lambda: None  # called at the end, if it still does
+
+
+class _OutgoingView:
+    """The machine as an outgoing handover sees it."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.hold_fds = machine.hold_fds
+        self.release_fds = machine.release_fds
+        self.fd_table = machine.fd_table
+        self.quiesce = machine.quiesce
+        self.roll_back = machine.roll_back
+        self.gave_up = machine.gave_up
+
+    def describe(self) -> bytes:
+        return encode(self._machine.config)
+
+
+class VmmProcess:
+    """The process. `run` returns its exit status."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._loop = asyncio.new_event_loop()
+        self._exit: asyncio.Future[int] = self._loop.create_future()
+        self._monitor = QmpServer(self._loop, self, COMMANDS)
+        self._tracer = Tracer("new" if options.incoming else "old")
+        self._fds = FdStore()
+        self._token: RunToken | None = None
+        self._machine: Machine | None = None
+        self._owner = False
+        self._mode = "normal"
+        self._timeouts = Timeouts()
+        self._capabilities = {"events": False}
+        self._carrier: threading.Thread | None = None
+        self._kept_back: list[tuple[str, dict[str, Any] | None, float]] = []
+        self._status: str | None = None
+        self._outgoing: LiveOutgoing | None = None
+        self._incoming: LiveIncoming | None = None
+        self._report: Report | None = None
+        self._error: str | None = None
+
+    # -- life
+    # ---------------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Run the process to its end. Raises what start-up raises; afterwards every failure is an exit status
+        and a log line.
+        """
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK})
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            for path in self._options.qmp_paths:
+                self._monitor.listen_unix(path)
+            if self._options.incoming is None:
+                self._cold_start()
+            else:
+                self._await_handover()
+            return self._loop.run_until_complete(self._exit)
+        finally:
+            self._close()
+
+    def _cold_start(self) -> None:
+        config = self._options.config
+        assert config is not None
+        self._token = RunToken.open(self._fds)
+        self._machine = self._new_machine(config, self._fds, self._token, received=False)
+        if not self._token.take(0):
+            raise VmmError("a new machine's run token is held by another process")
+        self._own()
+        self._machine.start(paused=self._options.paused)
+
+    def _new_machine(
+        self, config: MachineConfig, fds: FdStore, token: RunToken, *, received: bool
+    ) -> Machine:
+        return Machine(
+            config,
+            fds,
+            received=received,
+            tracer=self._tracer,
+            reactor=self._loop,
+            listener=self,
+            may_run=lambda: token.held,
+        )
+
+    def _own(self) -> None:
+        self._owner = True
+        self._options.owned()
+
+    def _on_signal(self, number: int) -> None:
+        log.info("%s: ending the guest", signal.Signals(number).name)
+        self._shut_down(0, "host-signal", guest=False)
+
+    def _shut_down(self, status: int, reason: str, *, guest: bool) -> None:
+        if not self._exit.done():
+            self._monitor.emit("SHUTDOWN", {"guest": guest, "reason": reason})
+            self._exit.set_result(status)
+
+    def _close(self) -> None:
+        for world in (self._outgoing, self._incoming):
+            if world is not None:
+                world.cancel.set("the VMM is ending")
+        if self._carrier is not None:
+            self._carrier.join(self._timeouts.setup_s)
+        if self._machine is not None:
+            self._machine.close()
+        if self._owner:
+            self._options.disowned()
+        self._monitor.close()
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+        if self._token is not None:
+            self._token.close()
+        self._fds.close()
+
+    # -- MachineListener: any thread
+    # ------------------------------------------------------------------------------------------------
+
+    def _post(self, call: Callable[..., None], *arguments: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _tell(self, event: str, data: dict[str, Any] | None = None) -> None:
+        """An event for the monitor's clients; kept back while the thread that tells it carries a handover."""
+        at = time.time()
+        if threading.current_thread() is self._carrier:
+            self._kept_back.append((event, data, at))
+        else:
+            self._post(self._monitor.emit, event, data, at)
+
+    def _release_events(self) -> None:
+        kept, self._kept_back = self._kept_back, []
+        for event, data, at in kept:
+            self._post(self._monitor.emit, event, data, at)
+
+    def run_state_changed(self, old: RunState, new: RunState) -> None:
+        """STOP and RESUME, as QEMU has them."""
+        if new is RunState.RUNNING:
+            self._tell("RESUME")
+        elif old is RunState.RUNNING and new in (RunState.PAUSED, RunState.FINISH_MIGRATE):
+            self._tell("STOP")
+
+    def guest_exited(self, status: int, reason: str) -> None:
+        """The guest ended by itself."""
+        self._post(self._ended, status, reason)
+
+    def guest_crashed(self, error: GuestCrash) -> None:
+        """The guest cannot go on."""
+        self._post(self._crashed, error)
+
+    def reset_requested(self) -> None:
+        """The guest asked for a reset."""
+        self._post(self._reset)
+
+    def failed(self, error: BaseException) -> None:
+        """One of our own threads failed: nothing can be promised any more."""
+        self._post(self._crashed, error)
+
+    def _ended(self, status: int, reason: str) -> None:
+        assert self._machine is not None
+        self._machine.settle(RunState.SHUTDOWN)
+        self._shut_down(status, reason, guest=True)
+
+    def _crashed(self, error: BaseException) -> None:
+        log.error("%s", error)
+        if self._machine is not None:
+            self._machine.settle(RunState.INTERNAL_ERROR)
+        self._shut_down(
+            error.exit_code if isinstance(error, VmmError) else VmmError.exit_code, "guest-panic", guest=True
+        )
+
+    def _reset(self) -> None:
+        assert self._machine is not None
+        try:
+            self._machine.reset()
+        except (VmmError, OSError) as error:
+            self._crashed(error)
+        else:
+            self._tell("RESET", {"guest": True, "reason": "guest-reset"})
+
+    # -- Backend: the monitor's commands, main thread
+    # -------------------------------------------------------------------------------
+
+    def _the_machine(self) -> Machine:
+        if self._machine is None:
+            raise QmpError("Guest is waiting for an incoming migration")
+        return self._machine
+
+    def status(self) -> tuple[str, bool]:
+        """query-status."""
+        if self._machine is None:
+            return RunState.INMIGRATE.value, False
+        return self._machine.run_state.value, self._machine.running
+
+    def name(self) -> str | None:
+        """query-name."""
+        config = self._machine.config if self._machine else self._options.config
+        return config.name if config else None
+
+    def cpus(self) -> list[tuple[int, int]]:
+        """query-cpus-fast."""
+        return [(thread.index, thread.native_id) for thread in self._machine.threads] if self._machine else []
+
+    def stop(self) -> None:
+        """Stop."""
+        machine = self._the_machine()
+        if machine.run_state is RunState.FINISH_MIGRATE:
+            raise QmpError("the guest is being handed over; wait for it or use migrate_cancel")
+        machine.stop()
+
+    def cont(self) -> None:
+        """Cont. Refused where the guest is another VMM's: the run token says so."""
+        machine = self._the_machine()
+        if machine.run_state is RunState.INMIGRATE:
+            raise QmpError("Guest is waiting for an incoming migration")
+        if self._token is None or not self._token.held:
+            raise QmpError("the guest was handed over and runs in another VMM; this one can only quit")
+        try:
+            machine.cont()
+        except VmmError as error:
+            raise QmpError(str(error)) from error
+
+    def quit(self) -> None:
+        """Quit."""
+        self._shut_down(0, "host-qmp-quit", guest=False)
+
+    def reset(self) -> None:
+        """system_reset."""
+        self._the_machine()
+        self._reset()
+
+    def inject_nmi(self) -> None:
+        """inject-nmi."""
+        self._the_machine().inject_nmi()
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """x-vmm-read-memory."""
+        return self._guarded(lambda: self._the_machine().memory.read(gpa, size))
+
+    def guest_clock(self) -> dict[str, Any]:
+        """x-vmm-guest-clock."""
+        return self._guarded(self._the_machine().guest_clock)
+
+    def fds(self) -> list[dict[str, Any]]:
+        """x-vmm-fds."""
+        return [{"name": name, "id": index, "fd": fd} for name, index, fd in self._the_machine().fd_table()]
+
+    def stats(self) -> dict[str, Any]:
+        """x-vmm-stats."""
+        return self._the_machine().stats()
+
+    @staticmethod
+    def _guarded(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except VmmError as error:
+            raise QmpError(str(error)) from error
+
+    # -- Backend: migration
+    # ---------------------------------------------------------------------------------------------------------
+
+    def migration_parameters(self) -> dict[str, Any]:
+        """query-migrate-parameters."""
+        return {
+            "mode": self._mode,
+            "x-vmm-setup-timeout": round(self._timeouts.setup_s * 1000),
+            "x-vmm-prepare-timeout": round(self._timeouts.prepare_s * 1000),
+            "x-vmm-commit-timeout": round(self._timeouts.commit_s * 1000),
+        }
+
+    def set_migration_parameters(self, values: dict[str, Any]) -> None:
+        """migrate-set-parameters. What a handover under way was started with stays as it is."""
+        self._mode = values.get("mode", self._mode)
+        changed = {
+            f"{key}_s": values[f"x-vmm-{key}-timeout"] / 1000
+            for key in ("setup", "prepare", "commit")
+            if values.get(f"x-vmm-{key}-timeout") is not None
+        }
+        self._timeouts = replace(self._timeouts, **changed)
+
+    def migration_capabilities(self) -> dict[str, bool]:
+        """query-migrate-capabilities."""
+        return dict(self._capabilities)
+
+    def set_migration_capabilities(self, values: dict[str, bool]) -> None:
+        """migrate-set-capabilities."""
+        self._capabilities.update(values)
+
+    def migrate(self, mode: MigrationMode, main: UnixSocket, cpr: UnixSocket) -> None:
+        """migrate: check, connect, and leave the rest to a thread. The mode was decided with the channels,
+        once.
+        """
+        machine = self._the_machine()
+        if self._carrier is not None and self._carrier.is_alive():
+            raise QmpError("There's a migration process in progress")
+        if machine.run_state is RunState.POSTMIGRATE:
+            raise QmpError("Can't migrate the vm that was paused due to previous migration")
+        if machine.run_state not in (RunState.RUNNING, RunState.PAUSED):
+            raise QmpError(f"the guest cannot be handed over in run state {machine.run_state.value}")
+        assert self._token is not None
+        if self._outgoing is not None:
+            self._outgoing.close()
+        self._report = Report(mode=mode.value, method="rebuild", why="")
+        self._error = None
+        world = LiveOutgoing(
+            _OutgoingView(machine),
+            self._token,
+            cpr_path=cpr.path,
+            main_path=main.path,
+            timeouts=self._timeouts,
+            tracer=self._tracer,
+            report=self._report,
+            on_phase=self._on_outgoing_phase,
+        )
+        self._outgoing = world
+        self._tracer.clear()
+        try:
+            world.connect_cpr()
+        except HandoverError as error:
+            self._status, self._error = "failed", str(error)
+            raise QmpError(str(error)) from error
+        self._carrier = threading.Thread(target=self._carry_out, args=(world,), name="handover", daemon=True)
+        self._set_status("setup")
+        self._carrier.start()
+
+    def migrate_cancel(self) -> None:
+        """migrate_cancel: nothing where no handover is under way or its commit has begun."""
+        if self._outgoing is not None and self._carrier is not None and self._carrier.is_alive():
+            self._outgoing.cancel.set("cancelled by migrate_cancel")
+
+    def migrate_incoming(self, main: UnixSocket) -> None:
+        """migrate-incoming, for a VMM started with `-incoming defer`."""
+        raise QmpError("The incoming migration has already been started")
+
+    def query_migrate(self) -> dict[str, Any]:
+        """query-migrate, with QEMU's fields."""
+        if self._status is None:
+            return {}
+        answer: dict[str, Any] = {"status": self._status}
+        if self._error is not None:
+            answer["error-desc"] = self._error
+        if self._status == "completed" and self._report is not None:
+            answer.update(self._report.as_query_migrate())
+        return answer
+
+    def report(self) -> dict[str, Any]:
+        """x-vmm-report."""
+        if self._report is None:
+            raise QmpError("no handover has taken place from this VMM; use migrate first")
+        return self._report.as_dict()
+
+    def _set_status(self, status: str | None) -> None:
+        if status != self._status:
+            self._status = status
+            if status is not None and self._capabilities["events"]:
+                self._tell("MIGRATION", {"status": status})
+
+    def _on_outgoing_phase(self, phase: outgoing.Phase, error: str | None) -> None:
+        self._error = error
+        self._set_status(outgoing.STATUS[phase])
+
+    def _carry_out(self, world: LiveOutgoing) -> None:
+        try:
+            phase = run(outgoing.outgoing(world))
+        except BaseException as error:
+            self.failed(error)
+            raise
+        finally:
+            self._release_events()
+        if phase in (outgoing.Phase.COMPLETED, outgoing.Phase.LOST):
+            self._owner = False
+        log.log(
+            logging.INFO if phase is outgoing.Phase.COMPLETED else logging.WARNING,
+            "handover %s%s",
+            phase.value,
+            f": {self._error}" if self._error else "",
+        )
+
+    # -- the new side
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _await_handover(self) -> None:
+        assert self._options.incoming is not None
+        world = LiveIncoming(
+            cpr_path=self._options.incoming.cpr_path,
+            main_path=self._options.incoming.main_path,
+            build=self._build_received,
+            probe=probe_received_vm,
+            timeouts=self._timeouts,
+            tracer=self._tracer,
+            on_phase=self._on_incoming_phase,
+        )
+        self._incoming = world
+        self._fds = world.fds
+        self._carrier = threading.Thread(target=self._carry_in, args=(world,), name="handover", daemon=True)
+        self._carrier.start()
+
+    def _build_received(self, described: bytes, fds: FdStore, token: RunToken) -> IncomingMachine:
+        try:
+            values = msgspec.json.decode(described, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise HandoverError(f"the old VMM's machine configuration cannot be read: {error}") from error
+        config = from_mapping(values, "the old VMM's machine")
+        differing = differences(self._options.given, config)
+        if differing:
+            raise refusal(differing)
+        self._token = token
+        machine = self._new_machine(config, fds, token, received=True)
+        self._machine = machine
+        return machine
+
+    def _on_incoming_phase(self, phase: incoming.Phase, error: str | None) -> None:
+        self._error = error
+        self._set_status(incoming.STATUS[phase])
+
+    def _carry_in(self, world: LiveIncoming) -> None:
+        try:
+            phase = run(incoming.incoming(world))
+        except BaseException as error:
+            self.failed(error)
+            raise
+        finally:
+            self._release_events()
+        self._post(self._received if phase is incoming.Phase.COMPLETED else self._not_received)
+
+    def _received(self) -> None:
+        self._tracer.role = "old"
+        self._own()
+        log.info("the guest runs here")
+
+    def _not_received(self) -> None:
+        log.error("no guest was taken over: %s", self._error)
+        if not self._exit.done():
+            self._exit.set_result(HandoverError.exit_code)

@@ -40,14 +40,16 @@ class Bus:
         self._ranges: list[tuple[int, int, BusDevice, str]] = []  # start, end (exclusive), device, label
 
     def attach(self, start: int, size: int, device: BusDevice, label: str) -> None:
-        """Give `[start, start + size)` to `device`. Raises ConfigError on overlap or a range beyond the bus."""
+        """Give `[start, start + size)` to `device`. Raises ConfigError on overlap or a range beyond the
+        bus.
+        """
         end = start + size
         if not 0 <= start < end <= self.size:
             raise ConfigError(f"{label}: {start:#x}..{end:#x} lies outside the {self.name} bus")
         for other_start, other_end, _, other in self._ranges:
             if start < other_end and other_start < end:
                 raise ConfigError(
-                    f"{label}: {start:#x}..{end:#x} overlaps {other} at {other_start:#x} on the {self.name} bus"
+                    f"{label}: {start:#x}..{end:#x} overlaps {other} at {other_start:#x} on {self.name}"
                 )
         at = bisect_right(self._starts, start)
         self._starts.insert(at, start)

@@ -55,4 +55,6 @@ class StateError(HandoverError):
 
 
 class PeerError(HandoverError):
-    """The process at the other end of a socket is not who it must be, went away, or did not answer in time."""
+    """The process at the other end of a socket is not who it must be, went away, or did not answer in
+    time.
+    """

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -32,12 +32,13 @@ from vmm.machine.probe import probe_received_vm
 from vmm.machine.runstate import RunState
 from vmm.machine.vcpu_thread import KICK
 from vmm.qmp.backend import QmpError
-from vmm.qmp.schema import MigrationMode, UnixSocket
 from vmm.qmp.commands import COMMANDS
+from vmm.qmp.schema import MigrationMode, UnixSocket
 from vmm.qmp.server import QmpServer
 from vmm.trace import Tracer
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that computes may keep the interpreter from one that wakes up
 
@@ -103,8 +104,7 @@ class VmmProcess:
         self._report: Report | None = None
         self._error: str | None = None
 
-    # -- life
-    # ---------------------------------------------------------------------------------------------------------------------
+    # --- life ---
 
     def run(self) -> int:
         """Run the process to its end. Raises what start-up raises; afterwards every failure is an exit status
@@ -179,8 +179,7 @@ class VmmProcess:
             self._token.close()
         self._fds.close()
 
-    # -- MachineListener: any thread
-    # ------------------------------------------------------------------------------------------------
+    # --- MachineListener: any thread ---
 
     def _post(self, call: Callable[..., None], *arguments: Any) -> None:
         if not self._loop.is_closed():
@@ -244,8 +243,7 @@ class VmmProcess:
         else:
             self._tell("RESET", {"guest": True, "reason": "guest-reset"})
 
-    # -- Backend: the monitor's commands, main thread
-    # -------------------------------------------------------------------------------
+    # --- Backend: the monitor's commands, main thread ---
 
     def _the_machine(self) -> Machine:
         if self._machine is None:
@@ -316,14 +314,13 @@ class VmmProcess:
         return self._the_machine().stats()
 
     @staticmethod
-    def _guarded(call: Callable[[], Any]) -> Any:
+    def _guarded(call: Callable[[], T]) -> T:
         try:
             return call()
         except VmmError as error:
             raise QmpError(str(error)) from error
 
-    # -- Backend: migration
-    # ---------------------------------------------------------------------------------------------------------
+    # --- Backend: migration ---
 
     def migration_parameters(self) -> dict[str, Any]:
         """query-migrate-parameters."""
@@ -442,8 +439,7 @@ class VmmProcess:
             f": {self._error}" if self._error else "",
         )
 
-    # -- the new side
-    # -----------------------------------------------------------------------------------------------------------------
+    # --- the new side ---
 
     def _await_handover(self) -> None:
         assert self._options.incoming is not None

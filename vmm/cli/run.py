@@ -153,7 +153,8 @@ def _incoming(texts: list[str]) -> Any:
         paths[channel.channel_type] = channel.addr.path
     if ChannelType.CPR not in paths:
         raise ConfigError(
-            "--incoming: missing 'cpr' channel; add --incoming cpr,addr.transport=socket,addr.type=unix,addr.path=PATH"
+            "--incoming: missing 'cpr' channel; add "
+            "--incoming cpr,addr.transport=socket,addr.type=unix,addr.path=PATH"
         )
     if ChannelType.MAIN not in paths:
         raise ConfigError("--incoming: missing 'main' channel; add --incoming unix:PATH")

@@ -289,7 +289,9 @@ class Channel:
         return message
 
     def say_last(self, message: Message) -> bool:
-        """Send `message`, cancelled or not, if the peer takes it at once, and close. False where it did not."""
+        """Send `message`, cancelled or not, if the peer takes it at once, and close. False where it did
+        not.
+        """
         data = encode(message)
         try:
             return self._sock.send(data, socket.MSG_NOSIGNAL) == len(data)

@@ -3,7 +3,7 @@
     LISTENING ──▶ OFFERED ──▶ BUILT ──▶ RECEIVED ──▶ PREPARED ──▶ TAKEN ──▶ COMPLETED
         │            │          │          │            │
         └────────────┴──────────┴──────────┴────────────┘
-                     └──▶ FAILED: the old VMM has the guest (or has died with it); this process ends with the reason
+                     └──▶ FAILED: the old VMM has the guest, or has died with it; this process ends
 
 In PREPARED this side holds all there is of the guest. Whatever then becomes of the old VMM or of its Commit,
 the run token decides: this side runs the guest if it gets the token and the epoch has not moved, and never
@@ -123,7 +123,7 @@ async def incoming(world: IncomingWorld) -> Phase:
         silence = await _commit_or_silence(world)
         if not await world.take_token():
             raise silence or HandoverError("the old VMM said commit, but the run token is not free")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- whatever it was, the guest must go on
         await world.refuse(str(error))
         world.enter(Phase.FAILED, str(error))
         return Phase.FAILED

@@ -218,7 +218,7 @@ class LiveOutgoing:
         return TokenVerdict.UNDECIDED if self._token.epoch() == self._epoch else TokenVerdict.RUNS_THERE
 
     async def nap(self) -> None:
-        time.sleep(NAP_S)
+        time.sleep(NAP_S)  # noqa: ASYNC251 -- this world has a thread of its own
 
     async def withdraw(self, reason: str) -> None:
         for channel in (self._cpr, self._main):
@@ -335,16 +335,18 @@ class LiveIncoming:
         expect(message, Commit)
 
     async def take_token(self) -> bool:
-        assert self.token is not None and self._state is not None
+        assert self.token is not None
+        assert self._state is not None
         for _ in range(TOKEN_TRIES_AFTER_HANG_UP):
             if self.token.take(self._state.epoch):
                 self._tracer.mark("token-taken")
                 return True
-            time.sleep(NAP_S)
+            time.sleep(NAP_S)  # noqa: ASYNC251 -- as above
         return False
 
     async def run(self) -> None:
-        assert self.machine is not None and self._state is not None
+        assert self.machine is not None
+        assert self._state is not None
         self.machine.resume(running=self._state.running)
 
     async def send_running(self) -> None:

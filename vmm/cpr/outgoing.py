@@ -2,8 +2,8 @@
 
     SETUP ──▶ OFFERED ──▶ READY ──▶ PAUSED ──▶ PREPARED ──▶ COMMITTED ──▶ COMPLETED
       │          │          │         │           │             │  │
-      └──────────┴──────────┴─────────┴───────────┘             │  └──▶ LOST      the new VMM took the guest and died with it
-                     │                                          └─────▶ FAILED    it died before: the token came back
+      └──────────┴──────────┴─────────┴───────────┘             │  └──▶ LOST    the new VMM ran it and died
+                     │                                          └─────▶ FAILED  it died before: token back
                      └──▶ FAILED or CANCELLED: the guest runs here as if nothing had happened
 
 PAUSED is the first phase in which the guest stands still, and it is left by a message, an error or a
@@ -155,7 +155,7 @@ async def outgoing(world: OutgoingWorld) -> Phase:
         await world.receive_prepared()
         world.enter(Phase.PREPARED)
         world.begin_commit()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- whatever it was, the guest must go on
         if paused:
             await world.roll_back()
         await world.withdraw(str(error))

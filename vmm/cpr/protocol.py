@@ -103,8 +103,8 @@ class Running(Message, frozen=True, tag="running"):
     events: list[TraceEvent]
 
 
-Any_Message = Offer | Refuse | State | Prepared | Commit | Cancel | Running
-_decoder = msgspec.json.Decoder(Any_Message)
+AnyMessage = Offer | Refuse | State | Prepared | Commit | Cancel | Running
+_decoder = msgspec.json.Decoder(AnyMessage)
 _encoder = msgspec.json.Encoder()
 M = TypeVar("M", bound=Message)
 
@@ -126,21 +126,23 @@ def decode_header(header: bytes) -> tuple[int, int]:
         raise StateError(f"the peer speaks another protocol (magic {magic:#x}, expected {MAGIC:#x})")
     if not OLDEST_VERSION <= version <= VERSION:
         raise StateError(
-            f"the peer speaks protocol version {version}, this VMM {OLDEST_VERSION} to {VERSION}; update one of them"
+            f"the peer speaks protocol version {version}, this VMM {OLDEST_VERSION} to {VERSION}; "
+            "update one of them"
         )
     if length > LARGEST_BODY or fds > MOST_FDS:
         raise StateError(
-            f"the peer announces {length} bytes and {fds} fds; at most {LARGEST_BODY} and {MOST_FDS} are taken"
+            f"the peer announces {length} bytes and {fds} fds; at most {LARGEST_BODY} and {MOST_FDS} go"
         )
     return length, fds
 
 
-def decode_body(body: bytes) -> Any_Message:
+def decode_body(body: bytes) -> AnyMessage:
     """The message in `body`. Raises StateError."""
     try:
-        return _decoder.decode(body)
+        message: AnyMessage = _decoder.decode(body)
     except (msgspec.DecodeError, RecursionError) as error:
         raise StateError(f"the peer sent a message that cannot be read: {error}") from error
+    return message
 
 
 def unexpected(message: Any, wanted: str) -> StateError:

@@ -59,7 +59,9 @@ class Report:
         return {name: ns for name, names in PHASES.items() if (ns := self._between(names)) is not None}
 
     def pause_ns(self) -> int | None:
-        """From the request to stop the vCPUs to the request to run them in the new VMM, as the host saw it."""
+        """From the request to stop the vCPUs to the request to run them in the new VMM, as the host saw
+        it.
+        """
         return self._between(PAUSE)
 
     def total_ns(self) -> int | None:

@@ -56,7 +56,7 @@ class MachineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             raise ConfigError(f"cpus: {self.cpus} is outside 1..{MOST_CPUS}")
         if self.irqchip == "none" and self.cpus > 1:
             raise ConfigError(
-                "irqchip: 'none' has no LAPIC to start further vCPUs with; use cpus = 1 or irqchip = \"kernel\""
+                "irqchip: 'none' has no LAPIC to start more vCPUs with; use cpus = 1 or irqchip = \"kernel\""
             )
         if len(self.append.encode()) > LONGEST_APPEND or "\0" in self.append:
             raise ConfigError(f"append: longer than {LONGEST_APPEND} bytes or with a NUL in it")

@@ -186,7 +186,8 @@ class VcpuState:
                 and known[:4] != "msrs"
             ):
                 raise StateError(
-                    f"state section {section.name}/{index}: this host's KVM has no such state; the guest cannot move here"
+                    f"state section {section.name}/{index}: this host's KVM has no such state; "
+                    "the guest cannot move here"
                 )
         placed: dict[str, Any] = {
             name: arena.place(f"vcpu/{name}", index, piece.kind, PIECE_VERSION)
@@ -241,13 +242,15 @@ class VcpuState:
             for here, there in zip(self._fixed_here.entries, self._fixed.entries, strict=True):
                 if here.data != there.data:
                     raise StateError(
-                        f"vCPU {vcpu.index}: MSR {there.index:#x} is {there.data:#x} in the guest, {here.data:#x} on this host, and "
-                        "cannot be set; the guest cannot move here"
+                        f"vCPU {vcpu.index}: MSR {there.index:#x} is {there.data:#x} in the guest, "
+                        f"{here.data:#x} on this host, and cannot be set; the guest cannot move here"
                     )
 
 
 def _place_msrs(arena: Arena, name: str, index: int, own: tuple[int, ...], allowed: tuple[int, ...]) -> Any:
-    """The MSR section of that name: a new one lists `own`; one that is there must list only `allowed` MSRs."""
+    """The MSR section of that name: a new one lists `own`; one that is there must list only `allowed`
+    MSRs.
+    """
     section = arena.find(name, index)
     if section is None:
         return _filled(own, arena.place(name, index, msr_block(len(own)), PIECE_VERSION))
@@ -258,7 +261,7 @@ def _place_msrs(arena: Arena, name: str, index: int, own: tuple[int, ...], allow
     strange = [f"{msr:#x}" for msr in _indices(block) if msr not in allowed]
     if block.nmsrs != count or strange:
         raise StateError(
-            f"state section {name}/{index}: MSR {', '.join(strange) or 'count'} cannot be restored on this host"
+            f"state section {name}/{index}: MSR {', '.join(strange) or 'count'} cannot be restored here"
         )
     return block
 

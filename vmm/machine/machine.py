@@ -26,7 +26,7 @@ from vmm.bus import Bus
 from vmm.devices.chardev import Reactor, open_chardev, parse_serial
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.power import PowerOff
-from vmm.devices.reset import RESET_PORTS, I8042, ResetControl
+from vmm.devices.reset import I8042, RESET_PORTS, ResetControl
 from vmm.devices.serial import Serial
 from vmm.errors import ConfigError, GuestCrash, HandoverError, HostError, VmmError
 from vmm.fds import FdStore, sealed_memfd
@@ -171,8 +171,7 @@ class Machine:
         for thread in self.threads:
             thread.start()
 
-    # -- building
-    # ---------------------------------------------------------------------------------------------------------------
+    # --- building ---
 
     def _load_image(self) -> Image:
         if self.config.kernel is None:
@@ -227,8 +226,9 @@ class Machine:
             [VcpuState(fresh, vcpu, pieces, msrs) for vcpu in vcpus],
             VmState(fresh, self.vm, of_vm),
         )
-        for state in (*self._fresh[0], self._fresh[1]):
+        for state in self._fresh[0]:
             state.save()
+        self._fresh[1].save()
         self._vcpu_states = [VcpuState(self.arena, vcpu, pieces, msrs) for vcpu in vcpus]
         self._vm_state = VmState(self.arena, self.vm, of_vm)
 
@@ -271,8 +271,7 @@ class Machine:
         vcpu.set_sregs(sregs)
         vcpu.set_regs(regs)
 
-    # -- the main thread's calls
-    # ------------------------------------------------------------------------------------------------
+    # --- the main thread's calls ---
 
     @property
     def running(self) -> bool:
@@ -370,7 +369,9 @@ class Machine:
                     thread.vcpu.nmi()
 
     def close(self) -> None:
-        """End the threads and give everything but the fds back. After this only `fds.close()` is left to do."""
+        """End the threads and give everything but the fds back. After this only `fds.close()` is left to
+        do.
+        """
         with self._lock:
             for thread in self.threads:
                 thread.finish()
@@ -381,8 +382,7 @@ class Machine:
             self.system.close()
             os.close(self._fresh_fd)
 
-    # -- the handover's calls
-    # ---------------------------------------------------------------------------------------------------
+    # --- the handover's calls ---
 
     def _pause_vcpus(self, job: Callable[[int], None] | None, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Stop every vCPU between two instructions and, on its own thread, do `job(index)`."""
@@ -399,7 +399,7 @@ class Machine:
                 try:
                     if job is not None:
                         job(index)
-                except BaseException as caught:  # handed to the waiting thread by the latch
+                except BaseException as caught:  # noqa: BLE001 -- handed to the waiting thread
                     error = caught
                 latch.report(error)
 
@@ -506,8 +506,7 @@ class Machine:
             "tsc-khz": self.tsc_khz,
         }
 
-    # -- what the guest does (ExitSink; vCPU threads)
-    # -----------------------------------------------------------------------------
+    # --- what the guest does (ExitSink; vCPU threads) ---
 
     def _stop_all(self) -> None:
         for thread in self.threads:
@@ -562,7 +561,8 @@ class Machine:
             f"{name}={getattr(sregs, name):#x}" for name in ("cr0", "cr2", "cr3", "cr4", "efer")
         )
         linear = regs.rip + (0 if sregs.efer & 0x400 else sregs.cs.base)
-        return f"registers: {general}\n{control} cs={sregs.cs.selector:#x}\nbytes at RIP: {self._code(index, linear)}"
+        code = self._code(index, linear)
+        return f"registers: {general}\n{control} cs={sregs.cs.selector:#x}\nbytes at RIP: {code}"
 
     def _code(self, index: int, linear: int) -> str:
         found = self.threads[index].vcpu.translate(linear)

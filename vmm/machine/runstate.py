@@ -1,4 +1,6 @@
-"""QEMU's run states, and which may follow which. A transition that is not in the table is a bug and raises."""
+"""QEMU's run states, and which may follow which. A transition that is not in the table is a bug and
+raises.
+"""
 
 from __future__ import annotations
 

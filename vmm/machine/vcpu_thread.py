@@ -124,7 +124,7 @@ class VcpuThread:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except BaseException as error:  # reported whole; the thread goes on to serve `finish` and `save`
+            except BaseException as error:  # noqa: BLE001 -- reported whole
                 self._sink.thread_failed(self.index, error)
 
     def _run(self) -> None:

@@ -38,7 +38,8 @@ def layout(size: int) -> tuple[tuple[int, int], ...]:
     """
     if not SMALLEST <= size <= LARGEST:
         raise ConfigError(
-            f"memory: {format_size(size)} is outside {format_size(SMALLEST)}..{format_size(LARGEST)}; choose a size within it"
+            f"memory: {format_size(size)} is outside {format_size(SMALLEST)}..{format_size(LARGEST)}; "
+            "choose a size within it"
         )
     if size % PAGE_SIZE:
         raise ConfigError(f"memory: {size} bytes is not a multiple of the page size, {PAGE_SIZE}")
@@ -134,8 +135,8 @@ def _huge(hugepages: str | None) -> tuple[int, int]:
 
 def _no_huge_pages(hugepages: str | None, error: OSError) -> HostError:
     return HostError(
-        f"hugepages={hugepages}: the host has not enough free pages of that size ({error.strerror}); reserve some through "
-        "/sys/kernel/mm/hugepages/*/nr_hugepages or leave the option out"
+        f"hugepages={hugepages}: the host has not enough free pages of that size ({error.strerror}); "
+        "reserve some through /sys/kernel/mm/hugepages/*/nr_hugepages or leave the option out"
     )
 
 

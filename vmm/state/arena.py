@@ -3,9 +3,10 @@
 Saving is nothing, handing over is handing over the fd, and surviving a crash is opening it again. The layout
 (little endian):
 
-    0x00000  header    magic, layout version, entries used, entries possible, bytes of the memfd, next free byte, directory's CRC-32
-    0x00040  directory `DIRECTORY_ENTRIES` entries of 64 bytes: name, instance, version, offset, size
-    0x10040  sections  each 64-byte aligned
+    0x00000  header     magic, layout version, entries used and possible, the directory's CRC-32,
+                        bytes of the memfd, next free byte
+    0x00040  directory  DIRECTORY_ENTRIES entries of 64 bytes: name, instance, version, offset, size
+    0x40040  sections   each 64-byte aligned
 
 The directory is never trusted: magic, versions, counts, offsets, sizes, overlaps and the checksum are checked
 before any of it is used. No address, fd number or secret of a process is ever part of it.
@@ -18,7 +19,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from vmm.errors import StateError, VmmError
 from vmm.fds import FdStore, check_received, sealed_memfd
@@ -121,7 +122,7 @@ class Arena:
             )
         if header.size != SIZE or header.capacity != DIRECTORY_ENTRIES or header.used > DIRECTORY_ENTRIES:
             raise StateError(
-                f"state memfd: impossible header (size {header.size}, {header.used} of {header.capacity} entries)"
+                f"state memfd: bad header (size {header.size}, {header.used} of {header.capacity} entries)"
             )
         if header.crc != self._checksum():
             raise StateError("state memfd: the directory's checksum does not match its content")
@@ -142,7 +143,7 @@ class Arena:
                 or entry.offset + entry.size > SIZE
             ):
                 raise StateError(
-                    f"{label} lies at {entry.offset}, {entry.size} bytes: outside the memfd or over another section"
+                    f"{label} lies at {entry.offset}, {entry.size} bytes: outside the memfd or over another"
                 )
             end = entry.offset + entry.size
             index[name, entry.instance] = Section(
@@ -166,7 +167,7 @@ class Arena:
 
         `version` defaults to `kind.VERSION`. Raises StateError where the section has another version or size.
         """
-        wanted: int = kind.VERSION if version is None else version  # type: ignore[union-attr]
+        wanted: int = kind.VERSION if version is None else version  # type: ignore[attr-defined, assignment]
         size = ctypes.sizeof(kind)
         section = self.find(name, instance)
         if section is None:
@@ -180,7 +181,7 @@ class Arena:
             raise StateError(
                 f"state section {name}/{instance} has {section.size} bytes where {size} were expected"
             )
-        return kind.from_buffer(self._mapping, section.offset)
+        return cast(_T, kind.from_buffer(self._mapping, section.offset))
 
     def _allocate(self, name: str, instance: int, version: int, size: int) -> Section:
         encoded = name.encode("ascii")

@@ -427,7 +427,7 @@ BAD_NOTES = {
     ),
     "size": (
         bytes(MAX_NOTES_SIZE + 1),
-        "program header 1 has 65537 bytes of notes, of which vmm takes 65536; link the image again",
+        "program header 1 has 16385 bytes of notes, of which vmm takes 16384; link the image again",
     ),
 }
 
@@ -508,7 +508,7 @@ def test_changed_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cha
         path.write_bytes({"grown": CODE * 2, "shrunk": b"", "rewritten": bytes(16)}[change])
         return result
 
-    monkeypatch.setattr(image_module.os, "fstat", fstat_then_change)
+    monkeypatch.setattr(os, "fstat", fstat_then_change)
     with pytest.raises(
         ImageError, match="the file changed while it was read; start again once its writer is done"
     ):

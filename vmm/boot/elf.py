@@ -22,7 +22,7 @@ ELF_MAGIC = b"\x7fELF"
 
 # Linkers emit fewer than ten of these and less than 1 KiB of those: the bounds are against hostile files.
 MAX_PROGRAM_HEADERS = 64
-MAX_NOTES_SIZE = 64 * KIB
+MAX_NOTES_SIZE = 16 * KIB
 
 NOTE_OWNER = b"VMM\0"
 _NOTE_HEADER = struct.Struct("<III")  # n_namesz, n_descsz, n_type (gABI, "Note Section")

@@ -6,7 +6,7 @@
 
 readonly needs_python="install it (on Debian and Ubuntu: apt install python3 python3-venv) or name one with PYTHON=/path/to/python3"
 
-say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+say() { printf 'scripts/%s: %s\n' "${0##*/}" "$*" >&2; }
 
 # Prints the first Python on PATH that is new enough and can make virtual environments; says why there is none.
 find_python() {
@@ -71,7 +71,7 @@ install() {
         target='.[dev]'
     fi
     rm -f .venv/installed-*
-    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --editable "$target" >&2; then
+    if ! .venv/bin/python -m pip install -qq --disable-pip-version-check --no-input --editable "$target" >&2; then
         say "pip could not install $target into .venv; see above (the package index must be reachable)"
         return 1
     fi

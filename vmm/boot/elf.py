@@ -115,11 +115,10 @@ def _headers(name: str, data: bytes) -> tuple[int, int, list[Any]]:
     from elftools.common.utils import struct_parse
     from elftools.elf.elffile import ELFFile
 
+    # pyelftools names no closed set of exceptions, and the file may be made to find unnamed ones.
     try:
         elf = ELFFile(BytesIO(data))
-    except (
-        Exception
-    ) as error:  # pyelftools names no closed set of them, and the file may be made to find others
+    except Exception as error:
         raise ImageError(
             f"{name}: its ELF header is truncated or damaged ({error}); copy or build the image again"
         ) from error

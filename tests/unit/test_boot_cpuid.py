@@ -26,6 +26,7 @@ def supported(vendor: tuple[int, int, int] = INTEL) -> list[CpuidEntry]:
         leaf(0, 0x1F, *vendor),
         leaf(1, 0xC06F2, 0x2A_10_08_07, 0x0120_2000, 0x0FAB_FBFF),
         leaf(4, 0xFC00_4121, 0x02C0_003F, 0x3F),
+        leaf(4, 0xFC00_4143, 0x03C0_003F, 0x7FF, index=2),
         leaf(4, 0xFC01_C163, 0x03C0_003F, 0x7FFF, index=3),
         leaf(4, 0, index=4),
         leaf(0xB, 1, 2, 0x100, 0x2A),
@@ -96,6 +97,7 @@ def test_topology_of_the_host_does_not_show(vendor: tuple[int, int, int]) -> Non
 def test_intel_caches() -> None:
     entries = guest(0, 6)
     assert find(entries, 4).eax == 7 << 26 | 0x121
+    assert find(entries, 4, 2).eax == 7 << 26 | 0x143
     assert find(entries, 4, 3).eax == 7 << 26 | 7 << 14 | 0x163
     assert find(entries, 4, 4) == leaf(4, 0, index=4)
     assert find(guest(0, 255), 4, 3).eax == 63 << 26 | 255 << 14 | 0x163

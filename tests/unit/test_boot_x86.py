@@ -241,3 +241,15 @@ def test_flat_modes(mode: EntryMode, code: dict[str, int], control: tuple[int, .
     assert (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) == control
     assert (sregs.gdt.base, sregs.gdt.limit) == (0x1000, 31)
     assert (sregs.idt.base, sregs.idt.limit) == (0, 0)
+
+
+@pytest.mark.parametrize("mode", [EntryMode.PROTECTED32, EntryMode.LONG64])
+def test_segments_do_not_depend_on_what_they_were(mode: EntryMode) -> None:
+    _, expected = entered(mode)
+    regs, sregs = fresh()
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        values = {"base": 1 << 40, "limit": 7, "selector": 0x1000, "dpl": 3, "l": 1, "unusable": 1}
+        setattr(sregs, name, kvm_segment(**values))
+    apply_boot_state(regs, sregs, image_for(mode))
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        assert fields(getattr(sregs, name)) == fields(getattr(expected, name))

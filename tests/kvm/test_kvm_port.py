@@ -263,13 +263,14 @@ def test_pre_fault_goes_on_until_nothing_is_left(port: RecordingPort) -> None:
 
 
 def test_the_shared_page_is_the_fds_own(port: RecordingPort) -> None:
+    run: Any = abi.kvm_run
     with vcpu_of(port) as vcpu:
-        os.pwrite(vcpu.fd, Exit.IO.to_bytes(4, "little"), abi.kvm_run.exit_reason.offset)
+        os.pwrite(vcpu.fd, Exit.IO.to_bytes(4, "little"), run.exit_reason.offset)
         assert vcpu.run_page.exit_reason == Exit.IO
         vcpu.io_data(0x1000, 2)[:] = b"ab"
         assert os.pread(vcpu.fd, 2, 0x1000) == b"ab"
         vcpu.immediate_exit = True
-        assert os.pread(vcpu.fd, 1, abi.kvm_run.immediate_exit.offset) == b"\1"
+        assert os.pread(vcpu.fd, 1, run.immediate_exit.offset) == b"\1"
         vcpu.immediate_exit = False
         assert not vcpu.immediate_exit
 

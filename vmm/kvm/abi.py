@@ -49,7 +49,7 @@ def _field(name: str, hint: Any) -> tuple[Any, ...]:
     """One `_fields_` entry. The hint is a structure, or Annotated as the module's docstring says."""
     if not hasattr(hint, "__metadata__"):
         return name, hint
-    if hint.__origin__ is int:
+    if hint.__origin__ in (int, bytes):
         return name, *hint.__metadata__
     lengths, element = hint.__metadata__, hint.__origin__
     for _ in lengths:
@@ -958,7 +958,7 @@ class ExitData(Union):
     msr: MsrExit
     notify: NotifyExit
     memory_fault: MemoryFaultExit
-    padding: Annotated[Array[c_char], 256]
+    padding: Annotated[bytes, c_char * 256]
 
 
 @_layout
@@ -974,7 +974,7 @@ SYNC_REGS_SIZE_BYTES: Final = 2048
 @_layout
 class SyncArea(Union):
     regs: kvm_sync_regs
-    padding: Annotated[Array[c_char], SYNC_REGS_SIZE_BYTES]
+    padding: Annotated[bytes, c_char * SYNC_REGS_SIZE_BYTES]
 
 
 @_layout
@@ -1073,7 +1073,7 @@ KVM_NR_IRQCHIPS: Final = 3
 
 @_layout
 class Chip(Union):
-    dummy: Annotated[Array[c_char], 512]
+    dummy: Annotated[bytes, c_char * 512]
     pic: kvm_pic_state
     ioapic: kvm_ioapic_state
 
@@ -1265,7 +1265,7 @@ class kvm_stats_desc(Structure):
     size: u16
     offset: u32
     bucket_size: u32
-    name: Annotated[Array[c_char], 0]
+    name: Annotated[bytes, c_char * 0]
 
 
 KVM_MSR_FILTER_READ: Final = 1 << 0

@@ -79,9 +79,7 @@ CAPABILITIES: Final = (
         Cap.VCPU_ATTRIBUTES, "the TSC offset, as state (Linux 5.16)", "the TSC jumps in such a handover"
     ),
     _optional(Cap.GET_TSC_KHZ, "the TSC's frequency", "the guest is not told it"),
-    _optional(
-        Cap.SREGS2, "PAE page-directory pointers, as state (Linux 5.14)", "KVM reads them again"
-    ),
+    _optional(Cap.SREGS2, "PAE page-directory pointers, as state (Linux 5.14)", "KVM reads them again"),
     _optional(Cap.XSAVE2, "extended registers over 4096 bytes, as state (Linux 5.17)", "no AMX in the guest"),
     _optional(Cap.NESTED_STATE, "a guest that runs guests, as state", "such a guest cannot be handed over"),
     _optional(Cap.SET_GUEST_DEBUG, "breakpoints and single steps", "no debugging of the guest"),

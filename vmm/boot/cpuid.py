@@ -111,6 +111,7 @@ def guest_cpuid(
 ) -> tuple[CpuidEntry, ...]:
     """The entries for KVM_SET_CPUID2 of vCPU `vcpu_index` of `cpus`, from those of KVM_GET_SUPPORTED_CPUID.
 
+    `supported` is what counts of a kvm_cpuid2: `table.entries[: table.nent]`.
     `tsc_deadline` says that the kernel has KVM_CAP_TSC_DEADLINE_TIMER and the machine an in-kernel local
     APIC. With `tsc_khz`, the guest can read both frequencies from leaf 0x40000010. Raises ConfigError for a
     vCPU that no xAPIC id can name.

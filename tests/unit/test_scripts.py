@@ -29,7 +29,7 @@ OLD_PYTHON = "import sys; sys.version_info = (3, 9, 2, 'final', 0)"
 BARE_PYTHON = "import sys; sys.modules['ensurepip'] = None"  # as Debian has it without python3-venv
 
 # Stands in for an interpreter with pip, so that no test needs a package index: `-m venv` makes a folder with
-# itself in it, `-m pip` writes down what it was asked and fails on request, `-m pytest` says how it was called.
+# itself in it, `-m pip` writes down what it was asked, `-m pytest` says how it was called.
 FAKE_PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
 *"-m venv"*) for folder; do :; done; rm -rf "$folder"; mkdir -p "$folder/bin" && cp "$0" "$folder/bin/python"
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def script(folder: Path) -> Script:
-    """`script("scripts/demo", "--json", **environment)` runs it, from elsewhere and with no standard input."""
+    """`script("scripts/demo", "--json", **environment)` runs it, from elsewhere, with no standard input."""
 
     def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -42,6 +42,7 @@ _DEPTH_CHANGE = {
 
 
 _INCOMPLETE = object()
+_TOO_LONG = "JSON token size limit exceeded"
 
 
 class JsonStream:
@@ -105,15 +106,17 @@ class JsonStream:
         elif self._size + len(self._lexer.text) > self._limits.value_bytes:
             self._discard()
             self._lexer.text.clear()
-            raise JsonError("JSON token size limit exceeded")
+            raise JsonError(_TOO_LONG)
         return _INCOMPLETE
 
     def _accept(self, token: Token, text: bytes) -> Any:
         if token is Token.STRAY:
-            discarded = self._discarding
+            discarded, size = self._discarding, self._size + len(text)
             self._reset()
             if discarded:  # its one error has been reported
                 return _INCOMPLETE
+            if size > self._limits.value_bytes:
+                raise JsonError(_TOO_LONG)
             raise JsonError(f"JSON parse error, stray '{quote(text)}'")
         braces, brackets = _DEPTH_CHANGE.get(token, (0, 0))
         self._braces += braces
@@ -136,7 +139,7 @@ class JsonStream:
 
     def _excess(self) -> str | None:
         if self._size > self._limits.value_bytes:
-            return "JSON token size limit exceeded"
+            return _TOO_LONG
         if len(self._tokens) > self._limits.tokens:
             return "JSON token count limit exceeded"
         if self._braces + self._brackets > self._limits.depth:

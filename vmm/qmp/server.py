@@ -364,10 +364,10 @@ def bind_unix(path: str) -> socket.socket:
     Raises ConfigError: the path is too long, a listener lives there, something else is there, or what bind(2)
     says.
     """
-    if len(os.fsencode(path)) >= SUN_PATH_BYTES:
+    size = len(os.fsencode(path))
+    if not 0 < size < SUN_PATH_BYTES:
         raise ConfigError(
-            f"QMP socket {path}: the path has {len(os.fsencode(path))} bytes, at most {SUN_PATH_BYTES - 1} fit "
-            "in a socket address; use a shorter one"
+            f"QMP socket {path}: the path has {size} bytes; a socket address holds 1 to {SUN_PATH_BYTES - 1}"
         )
     try:
         _remove_stale(path)

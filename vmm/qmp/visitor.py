@@ -84,7 +84,7 @@ class _Reader:
                 raise QmpError(f"Invalid parameter type for '{path}', expected: array")
             return [self.value(of[0], item, None, f"{path}[{index}]") for index, item in enumerate(value)]
         if origin is Annotated:
-            return self._integer(value, of[1], name)
+            return self._integer(value, of[1], name, path)
         if issubclass(kind, Arguments):
             return self.struct(kind, value, path)
         if issubclass(kind, Enum):
@@ -130,17 +130,19 @@ class _Reader:
             raise QmpError(f"Parameter '{name or 'null'}' does not accept value '{word}'")
         return word
 
-    def _integer(self, value: Any, bounds: Range, name: str | None) -> int:
+    def _integer(self, value: Any, bounds: Range, name: str | None, path: str) -> int:
         if self._keyval and isinstance(value, str) and value.isascii() and value.isdecimal():
             value = int(value[: _UINT64_DIGITS + 1])
-        if type(value) is not int or not bounds.least <= value <= bounds.most:
+        if type(value) is not int:
+            raise QmpError(f"Parameter '{path}' expects {bounds.words}")
+        if not bounds.least <= value <= bounds.most:
             raise QmpError(f"Parameter '{name or 'null'}' expects {bounds.words}")
         return value
 
     def _scalar(self, kind: type[Any], value: Any, name: str | None, path: str) -> Any:
         if kind is bool and self._keyval and isinstance(value, str):
             if value not in _SWITCH:
-                raise QmpError(f"Parameter '{name or 'null'}' expects 'on' or 'off'")
+                raise QmpError(f"Parameter '{path}' expects 'on' or 'off'")
             return _SWITCH[value]
         if type(value) is not kind:
             raise QmpError(f"Invalid parameter type for '{path}', expected: {_TYPE_WORDS[kind]}")

@@ -140,17 +140,9 @@ def test_any_arguments_are_taken_or_refused_and_never_a_bug(name: str, arguments
     assert b"internal error" not in reply
 
 
-ADDRESS_KEYS = "transport type path host port str cid args filename offset abstract".split()
-ADDRESS_VALUES = [
-    *"socket unix inet fd vsock exec rdma file".split(),
-    "",
-    "a\0b",
-    "x" * 200,
-    5,
-    True,
-    None,
-    [],
-]
+ADDRESS_KEYS = ["transport", "type", "path", "host", "port", "str", "cid", "args", "filename", "offset"]
+TRANSPORTS = ["socket", "exec", "rdma", "file", "unix", "inet", "fd", "vsock"]
+ADDRESS_VALUES: list[Any] = [*TRANSPORTS, "", "a\0b", "x" * 200, 5, True, None, []]
 addresses = st.dictionaries(st.sampled_from(ADDRESS_KEYS), st.sampled_from(ADDRESS_VALUES))
 unix_addresses = st.sampled_from(["a", "/run/b", "", "x" * 107, "x" * 108]).map(
     lambda path: {"transport": "socket", "type": "unix", "path": path}

@@ -116,10 +116,9 @@ def test_iteration_is_lazy() -> None:
     stream = JsonStream()
     stream.feed(b"{} [] {")
     assert next(iter(stream)) == {}
-    assert stream.has_input
+    assert (stream.has_input, stream.in_value) == (True, False)
     assert list(stream) == [[]]
-    assert not stream.has_input
-    assert stream.in_value
+    assert (stream.has_input, stream.in_value) == (False, True)
 
 
 SMALL = Limits(value_bytes=100, tokens=20, depth=4)

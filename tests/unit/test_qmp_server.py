@@ -370,7 +370,11 @@ def test_an_event_storm_loses_events_not_memory(
     monitor: ServerThread, raw: Raw, caplog: pytest.LogCaptureFixture
 ) -> None:
     def storm() -> None:
-        thread = threading.Thread(target=lambda: [monitor.server.emit("RESET") for _ in range(5000)])
+        def emit() -> None:
+            for _ in range(5000):
+                monitor.server.emit("RESET")
+
+        thread = threading.Thread(target=emit)
         thread.start()
         thread.join()  # the loop does not turn meanwhile
 
@@ -387,7 +391,7 @@ def test_an_event_storm_loses_events_not_memory(
 def test_who_takes_no_events_is_dropped_and_others_are_not(
     monitor: ServerThread, raw: Raw, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    received = []
+    received: list[Any] = []
 
     def read() -> None:
         while len(received) < 600:
@@ -462,6 +466,19 @@ def test_who_leaves_in_the_middle_of_its_answers_is_forgotten(monitor: ServerThr
     wait_until(lambda: monitor.call(lambda: monitor.server.connections) == ())
 
 
+def test_who_leaves_without_reading_is_forgotten_and_no_fault(
+    monitor: ServerThread, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), Raw.connect(path) as raw:
+        raw.negotiate()
+        monitor.call(lambda: monitor.server.emit("UNREAD"))
+        raw.__exit__()
+        wait_until(lambda: monitor.call(lambda: monitor.server.connections) == ())
+    assert [(each.levelno, each.message.endswith("Connection reset by peer")) for each in caplog.records] == [
+        (logging.INFO, True)
+    ]
+
+
 # -- from one server to another ------------------------------------------------------------------------------
 
 
@@ -511,6 +528,27 @@ def test_what_a_client_has_not_taken_moves_with_it(path: str) -> None:
         move(first, second)
         assert [raw.receive()["id"] for _ in range(count)] == list(range(count))
         sender.join(TIMEOUT_S)
+
+
+def test_requests_received_and_not_carried_out_move_too(path: str) -> None:
+    old, new = RecordingBackend(), RecordingBackend()
+    with ServerThread(old, path) as first, ServerThread(new) as second, Raw.connect(path) as raw:
+
+        def export() -> None:
+            exported.append(first.server.export_connection(first.server.connections[0]))
+
+        def stop() -> None:  # the first of the turn: the export comes between this turn and the next
+            asyncio.get_running_loop().call_soon(export)
+
+        exported: list[tuple[socket.socket, ConnectionState]] = []
+        old.stop = stop  # type: ignore[method-assign]
+        raw.negotiate()
+        raw.send({"execute": "stop"}, *({"execute": "inject-nmi"} for _ in range(99)))
+        wait_until(lambda: exported)
+        second.call(lambda: second.server.serve_connection(*exported[0]))
+        assert [raw.receive() for _ in range(100)] == [{"return": {}}] * 100
+    done_by_old = server_module.COMMANDS_PER_TURN - 1
+    assert (len(old.calls), len(new.calls)) == (done_by_old, 99 - done_by_old)
 
 
 def test_a_connection_moved_before_it_negotiated_is_not_greeted_twice(path: str) -> None:

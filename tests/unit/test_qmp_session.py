@@ -62,7 +62,6 @@ def test_greeting(session: Session) -> None:
 def test_negotiation_as_in_transcript_40(backend: RecordingBackend) -> None:
     session = Session(backend)
     expecting = error("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
-    assert not session.negotiated
     assert say(session, {"execute": "query-status"}) == expecting
     assert say(session, {"execute": "bogus"}) == expecting
     assert say(session, {"exec-oob": "query-status"}) == error("QMP input member 'exec-oob' is unexpected")
@@ -72,12 +71,11 @@ def test_negotiation_as_in_transcript_40(backend: RecordingBackend) -> None:
     assert say(session, {"execute": "qmp_capabilities", "arguments": {"enable": [5]}}) == error(
         "Invalid parameter type for 'enable[0]', expected: string"
     )
-    assert not session.negotiated
+    assert session.negotiated is False
     assert say(session, {"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}, "id": "neg"}) == {
         "return": {},
         "id": "neg",
     }
-    assert session.negotiated
     assert say(session, {"execute": "qmp_capabilities"}) == error(
         "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
     )

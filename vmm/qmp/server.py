@@ -319,7 +319,9 @@ class QmpServer:
         for connection in self.connections:
             connection.close()
         for listener in self.release_listeners():
-            _unlink(listener.getsockname())
+            name = listener.getsockname()
+            if isinstance(name, str) and name:  # neither abstract nor without a name: unix(7)
+                _unlink(name)
             listener.close()
 
     def _send_events(self) -> None:

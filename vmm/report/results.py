@@ -180,7 +180,8 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class CpuResults:
-    """One vCPU. `gaps` holds the latest ones, oldest first; `gap_count` counts all since the start.
+    """One vCPU. `counts` says, by number, how often each check has had its turn here. `gaps` holds the latest
+    ones, oldest first; `gap_count` counts all since the start.
 
     `settled` is False if the guest was recording a gap while the area was copied: `gap_cycles` and
     `largest_gap` may then be of different moments, and another copy will do better. `gaps` is whole in any
@@ -192,6 +193,7 @@ class CpuResults:
     first_tsc: int
     last_tsc: int
     turns: int
+    counts: tuple[int, ...]
     gap_count: int
     gap_cycles: int
     largest_gap: Gap | None
@@ -338,6 +340,7 @@ def _cpu(number: int, layout: CpuLayout) -> CpuResults:
         first_tsc=layout.first_tsc,
         last_tsc=layout.last_tsc,
         turns=layout.turns,
+        counts=tuple(layout.counts),
         gap_count=done,
         gap_cycles=layout.gap_cycles,
         largest_gap=largest,

@@ -225,14 +225,7 @@ def test_no_import_does_work() -> None:
         "assert len(os.listdir('/proc/self/fd')) == before, 'an import opened an fd'\n"
         "assert threading.active_count() == 1, 'an import started a thread'\n"
     )
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-c",
-        program,
-        *(n for n in names if not n.endswith("__main__")),
-    ]
+    command = [sys.executable, "-W", "error", "-c", program, *module_names()]
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -70,7 +70,7 @@ class CharDevice(Protocol):
         """Name the callbacks, before `start`. The device in front does it in its constructor."""
 
     def start(self) -> None:
-        """IDLE -> RUNNING; `on_writable` is called once, for output that the VMM before left. Any thread."""
+        """IDLE -> RUNNING; calls `on_writable` for output that the VMM before left. Any thread."""
 
     def hold(self) -> None:
         """RUNNING -> HELD. Any thread but inside a callback."""
@@ -79,7 +79,7 @@ class CharDevice(Protocol):
         """RUNNING or HELD -> FROZEN. Any thread but inside a callback."""
 
     def thaw(self) -> None:
-        """Back to RUNNING after a handover that failed. Any thread but inside a callback."""
+        """Back to RUNNING after a handover that failed; calls `on_writable`. Not inside a callback."""
 
     def close(self) -> None:
         """The end; then the FdStore may close the fds. Loop's thread, or any when the loop runs no more."""

@@ -70,13 +70,13 @@ class Stdio(Stream):
             self._original.flags[:] = mode[:6]
             self._original.characters[:] = b"".join(_character(value) for value in mode[6])
             self._original.saved = 1
-            _set_mode(self._terminal, raw(mode, signals=self._signals))
+            termios.tcsetattr(self._terminal, termios.TCSANOW, raw(mode, signals=self._signals))
 
     def _tidy(self) -> None:
         if self._terminal is not None and self._original.saved:
             characters = [bytes((value,)) for value in self._original.characters]
             try:
-                _set_mode(self._terminal, [*self._original.flags, characters])
+                _restore(self._terminal, [*self._original.flags, characters])
                 self._original.saved = 0
             except termios.error as error:
                 log.warning("the terminal's mode is not restored: %s; run `stty sane` there", error.args[-1])
@@ -103,8 +103,9 @@ def _character(value: bytes | int) -> bytes:
     return bytes((value,)) if isinstance(value, int) else value  # VMIN and VTIME come as numbers
 
 
-def _set_mode(fd: int, mode: list[Any]) -> None:
-    # SIGTTOU would stop a VMM in the terminal's background; with it blocked the mode can be set (termios(3)).
+def _restore(fd: int, mode: list[Any]) -> None:
+    # The VMM that ends the guest may not be in the terminal's foreground, as the first one was; SIGTTOU would
+    # stop it, but with that blocked the mode can be set (tcsetattr(3p)).
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
         termios.tcsetattr(fd, termios.TCSANOW, mode)

@@ -85,7 +85,8 @@ class Stream:
         with self.lock:
             self._go("start")
             self._opened()
-            self._reactor.call_soon_threadsafe(self._writable)
+            self._drain()
+            self._ask_sync()
 
     def hold(self) -> None:
         """RUNNING -> HELD."""
@@ -102,12 +103,14 @@ class Stream:
         with self.lock:
             self._go("thaw")
             self._ended = False  # what ended while held is met again, and then acted upon
-            self._reactor.call_soon_threadsafe(self._writable)
+            self._drain()
+            self._ask_sync()
 
     def close(self) -> None:
         """The end; tidies up where the guest was this VMM's."""
         with self.lock:
             owner = self._live
+            self._drain()  # a guest's last words, if somebody takes them now
             self._go("close")
             self._sync()
             if owner:
@@ -124,7 +127,7 @@ class Stream:
         """For backends: the guest is this VMM's from here on."""
 
     def _tidy(self) -> None:
-        """For backends: the guest ended, or never was; undo what is visible outside."""
+        """For backends: the guest ended; undo what is visible outside."""
 
     # --- the device's side, with the lock held ---
 

@@ -82,6 +82,27 @@ class RecordingPort:
     def get_dirty_log(self, vm_fd: int, slot: int, bitmap: Any) -> None:
         self.calls.append(("get_dirty_log", slot, len(bitmap)))
 
+    def admit(self, fd: int) -> None:
+        self.calls.append(("admit",))
+
+    def start_vcpu(self, vcpu_fd: int, index: int) -> None:
+        self.calls.append(("start_vcpu", index))
+
+    def bind_thread(self, vcpu_fd: int) -> None:
+        self.calls.append(("bind_thread",))
+
+    def kick(self, vcpu_fd: int) -> None:
+        self.calls.append(("kick",))
+
+    def leave(self, vcpu_fd: int) -> None:
+        self.calls.append(("leave",))
+
+    def go_on(self, vcpu_fd: int) -> None:
+        self.calls.append(("go_on",))
+
+    def exits(self, vcpu_fd: int) -> int:
+        return 0
+
     def run(self, vcpu_fd: int) -> bool:
         if isinstance(self.run_result, IoctlError):
             raise self.run_result

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.kvm
 
 HLT = b"\xf4"
 FOREVER = b"\xeb\xfe"  # jmp $
-KICK = signal.SIGUSR1
+KICK = signal.SIGUSR2
 
 
 @contextmanager

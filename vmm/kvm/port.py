@@ -13,11 +13,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
+import threading
 from ctypes import addressof, byref, get_errno
 from typing import Any, Final, Protocol
 
 from vmm.kvm import abi
-from vmm.kvm.abi import Ioctl
+from vmm.kvm.abi import Ioctl, sized
 
 Argument = ctypes.Structure | ctypes.Array[Any] | bytearray | int
 Bitmap = ctypes.Array[Any] | bytearray
@@ -94,12 +96,42 @@ class Port(Protocol):
         """KVM_GET_DIRTY_LOG into `bitmap`: a bit for each page of the slot, in whole 64-bit words."""
         ...
 
+    def admit(self, fd: int) -> None:
+        """Learn of an fd that this process opened and that calls will name."""
+        ...
+
+    def start_vcpu(self, vcpu_fd: int, index: int) -> None:
+        """A vCPU was created; it will be run."""
+        ...
+
+    def bind_thread(self, vcpu_fd: int) -> None:
+        """The calling thread is the one that will `run` this vCPU: `kick` reaches it from here on."""
+        ...
+
     def run(self, vcpu_fd: int) -> bool:
         """KVM_RUN. True: an exit to serve. False: kicked (EINTR), or woken by INIT or SIPI (EAGAIN)."""
         ...
 
+    def kick(self, vcpu_fd: int) -> None:
+        """Make `run` of this vCPU return False, now or the next time it is called. From any thread."""
+        ...
 
-_KICKED: Final = frozenset({errno.EINTR, errno.EAGAIN})
+    def leave(self, vcpu_fd: int) -> None:
+        """As `kick`, but where the vCPU can run without this process it is not stopped. From any thread."""
+        ...
+
+    def go_on(self, vcpu_fd: int) -> None:
+        """After `leave`, on the vCPU's thread: let it run on without this process, its last exit served."""
+        ...
+
+    def exits(self, vcpu_fd: int) -> int:
+        """How often KVM_RUN of this vCPU has returned, whoever served it; 0 where nobody else ever could."""
+        ...
+
+
+KICK: Final = signal.SIGUSR1  # blocked everywhere but within KVM_RUN, so no handler ever runs
+KICKED: Final = frozenset({errno.EINTR, errno.EAGAIN})
+_SIGSET_SIZE: Final = 8  # the kernel's sigset_t: bit N-1 is signal N
 
 
 class DirectPort:
@@ -116,6 +148,7 @@ class DirectPort:
         call.restype = ctypes.c_int
         self._call = call
         self._run_number = abi.KVM_RUN.number
+        self._threads: dict[int, int] = {}  # vCPU fd -> the thread that runs it
 
     def ioctl(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
         pointer: Any
@@ -170,10 +203,38 @@ class DirectPort:
         log = abi.kvm_dirty_log(slot=slot, dirty_bitmap=addressof(memory))
         self.ioctl(vm_fd, abi.KVM_GET_DIRTY_LOG, log)
 
+    def admit(self, fd: int) -> None:
+        """Nothing to do: the fds are this process's."""
+
+    def start_vcpu(self, vcpu_fd: int, index: int) -> None:
+        """Nothing to do: `run` is a call of this process's own threads."""
+
+    def bind_thread(self, vcpu_fd: int) -> None:
+        self._threads[vcpu_fd] = threading.get_ident()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK}) - {KICK}
+        mask = sized(abi.kvm_signal_mask, _SIGSET_SIZE)(len=_SIGSET_SIZE)
+        mask.sigset[:] = list(sum(1 << (number - 1) for number in blocked).to_bytes(_SIGSET_SIZE, "little"))
+        self.ioctl(vcpu_fd, abi.KVM_SET_SIGNAL_MASK, mask)
+
     def run(self, vcpu_fd: int) -> bool:
         if self._call(vcpu_fd, self._run_number, None) == 0:
             return True
         number = get_errno()
-        if number in _KICKED:
+        if number in KICKED:
+            signal.sigtimedwait({KICK}, 0)
             return False
         raise ioctl_error(number, abi.KVM_RUN)
+
+    def kick(self, vcpu_fd: int) -> None:
+        thread = self._threads.get(vcpu_fd)
+        if thread is not None:
+            signal.pthread_kill(thread, KICK)
+
+    def leave(self, vcpu_fd: int) -> None:
+        self.kick(vcpu_fd)
+
+    def go_on(self, vcpu_fd: int) -> None:
+        """Nothing to do: a vCPU of this process does not run without it."""
+
+    def exits(self, vcpu_fd: int) -> int:
+        return 0

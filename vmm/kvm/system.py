@@ -48,6 +48,7 @@ class System:
         self.path: Final = os.fspath(path)
         self.fd = _open(self.path)
         try:
+            self.port.admit(self.fd)
             self.api_version = self._api_version()
             self.mmap_size = self.port.ioctl(
                 self.fd, abi.KVM_GET_VCPU_MMAP_SIZE

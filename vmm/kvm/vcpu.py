@@ -68,6 +68,27 @@ class Vcpu:
                 return True
             raise
 
+    def bind_thread(self) -> None:
+        """The calling thread is this vCPU's from here on: `kick` ends its `run`."""
+        self.port.bind_thread(self.fd)
+
+    def kick(self) -> None:
+        """Make `run` return False, now or the next time it is called. From any thread."""
+        self.port.kick(self.fd)
+
+    def leave(self) -> None:
+        """As `kick`, but a vCPU that can run without this process is not stopped. From any thread."""
+        self.port.leave(self.fd)
+
+    def go_on(self) -> None:
+        """After `leave`, on the vCPU's thread: its last exit is served, let it run on without us."""
+        self.port.go_on(self.fd)
+
+    @property
+    def exits(self) -> int:
+        """How often `run` has returned, whoever served it; 0 where nobody else ever could."""
+        return self.port.exits(self.fd)
+
     def io_data(self, offset: int, length: int) -> memoryview:
         """`length` bytes of the mapping at `offset`; for Exit.IO `io.data_offset`, `io.size * io.count`."""
         return self._bytes[offset : offset + length]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from vmm.fds import FdKind, FdStore, identify
-from vmm.kvm import Cap, DirectPort, abi
+from vmm.kvm import Cap, DirectPort, System, abi
 
 
 def probe_received_vm(fds: FdStore) -> str:
@@ -28,3 +28,9 @@ def probe_received_vm(fds: FdStore) -> str:
             if name in ("vm", "vcpu"):
                 fds.remove(name, index)
     return "ok"
+
+
+def kvm_api_version() -> int:
+    """What /dev/kvm answers to KVM_GET_API_VERSION. Raises HostError where there is no KVM to use."""
+    with System() as system:
+        return system.api_version

@@ -13,7 +13,6 @@ entering once more with `immediate_exit` (KVM API, 5. The kvm_run structure).
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 from collections.abc import Callable
 from enum import IntEnum
@@ -26,7 +25,6 @@ from vmm.kvm import Exit, InternalError, SystemEvent, Vcpu, abi
 
 log = logging.getLogger(__name__)
 
-KICK = signal.SIGUSR1
 
 
 class ExitSink(Protocol):
@@ -58,6 +56,7 @@ class VcpuThread:
         self._may_run = may_run
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._stop = False
+        self._leaving = False
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._main, name=f"vcpu-{vcpu.index}", daemon=True)
         self._handlers: dict[int, Callable[[], None]] = {
@@ -93,11 +92,15 @@ class VcpuThread:
         self._stop = True
         self.kick()
 
+    def leave(self) -> None:
+        """End the run job without stopping the vCPU, which runs on until it needs a VMM. Does not wait."""
+        self._leaving = self._stop = True
+        self.vcpu.leave()
+
     def kick(self) -> None:
         """Make KVM_RUN return, now or the next time it is entered."""
-        ident = self._thread.ident
-        if ident is not None and self._thread.is_alive():
-            signal.pthread_kill(ident, KICK)
+        if self._thread.is_alive():
+            self.vcpu.kick()
 
     def stop_after_exit(self) -> None:
         """Called on this thread, by what serves an exit: end the run job once the exit is served."""
@@ -117,8 +120,7 @@ class VcpuThread:
             raise VmmError(f"vCPU {self.index}: its thread did not end within {timeout_s} s")
 
     def _main(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK})
-        self.vcpu.set_signal_mask(signal.pthread_sigmask(signal.SIG_BLOCK, set()) - {KICK})
+        self.vcpu.bind_thread()
         self.native_id = threading.get_native_id()
         self._ready.set()
         while (job := self._jobs.get()) is not None:
@@ -134,15 +136,16 @@ class VcpuThread:
         while not self._stop:
             if vcpu.run():
                 handlers.get(page.exit_reason, self._on_unknown)()
-            else:
-                signal.sigtimedwait({KICK}, 0)
+        if self._leaving:
+            self._leaving = False
+            vcpu.go_on()
+            return
         vcpu.immediate_exit = True
         try:
             while vcpu.run():  # completes the exit in progress; what that leads to is served too
                 handlers.get(page.exit_reason, self._on_unknown)()
         finally:
             vcpu.immediate_exit = False
-        signal.sigtimedwait({KICK}, 0)
 
     def _on_io(self) -> None:
         io = self.vcpu.run_page.io
@@ -195,7 +198,7 @@ class VcpuThread:
         self._crash(f"KVM internal error: {what} (KVM_EXIT_INTERNAL_ERROR; data: {data or 'none'})")
 
     def _on_interrupted(self) -> None:
-        signal.sigtimedwait({KICK}, 0)
+        """The kernel had nothing to say but that it came back."""
 
     def _on_unknown(self) -> None:
         reason = self.vcpu.run_page.exit_reason

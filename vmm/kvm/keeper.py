@@ -1,0 +1,457 @@
+"""The keeper: a small process that owns a VM, so that the VM outlives the VMM that serves it.
+
+Linux binds a VM to the address space of the process that created it. That process is the keeper: it creates
+the VM, runs one thread for each vCPU, issues the ioctls that the attached VMM asks for, and holds every fd of
+the machine. It has no device model, no policy, and no parser beyond the fixed messages below. It is run by its
+path with `python -I -S`, imports nothing of vmm, and must stay readable in one sitting.
+
+A message is one packet of a SOCK_SEQPACKET socket: REQUEST and up to PAYLOAD_MAX bytes, answered by REPLY and
+bytes; fds travel by SCM_RIGHTS. `fd` is always an fd number of the keeper's own. Nothing in a message is a
+path or code.
+
+A vCPU's thread and the VMM meet in a slot of shared memory, `called` and `returned`, with an eventfd each way:
+
+    VMM     called += 1, write go      ───▶   keeper   KVM_RUN
+    VMM     serves the exit in kvm_run ◀───   keeper   result, returned += 1, write done
+
+called > returned: the vCPU runs, and needs nobody. called == returned with result 0: its exit waits for a VMM,
+this one or the next. So a VMM may come, go or be killed at any time; the slot says what is to be done.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import fcntl
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+
+REQUEST = struct.Struct("=IiQQQQQ")  # op, fd, request number, four arguments
+REPLY = struct.Struct("=iiI")  # result, errno, flags
+PAYLOAD_MAX = 1 << 16
+MESSAGE_MAX = REQUEST.size + PAYLOAD_MAX
+NAME = struct.Struct("=32sII")  # name, id, the keeper's fd
+FDS_MAX = 4096  # fds the keeper will hold
+FDS_PER_MESSAGE = 250  # below the kernel's SCM_MAX_FD
+
+# a vCPU's slot: called, returned (u64), result (0 an exit, else errno), spare
+SLOT = 64
+CALLED, RETURNED, RESULT = 0, 1, 2  # in u64 words
+SLOTS = 1024
+SLOTS_SIZE = SLOT * SLOTS
+KICK = signal.SIGUSR1
+
+OP_IOCTL = 1  # fd, number, argument or payload -> payload
+OP_CREATE = 2  # the same; the new fd is held and sent back with its number in the reply's payload
+OP_MEMORY = 3  # fd of the VM; slot | flags << 32, gpa, size, offset; payload: the keeper's fd of the memfd
+OP_ATTRIBUTE = 4  # number GET/SET/HAS_DEVICE_ATTR; group, attribute, value -> value
+OP_DIRTY_LOG = 5  # fd of the VM; slot, bytes -> payload
+OP_VCPU = 6  # fd of the vCPU; its slot: starts its thread; sends go and done
+OP_KICK = 7  # slot
+OP_STORE = 8  # payload NAME, one fd: held under that name; the reply's payload is the keeper's number
+OP_DROP = 9  # payload NAME
+OP_TABLE = 10  # from row n: rows of NAME, with their fds
+OP_ATTACH = 11  # be the one VMM; EBUSY while another is attached and alive
+OP_DETACH = 12  # be it no more
+OP_SUCCESSOR = 13  # one fd, a socket: a VMM that will attach later speaks through it
+OP_ORPHAN = 14  # seconds to live without a VMM; 0: for ever
+OP_QUIT = 15  # end; the guest ends with it
+NEED_NO_ATTACH = frozenset({OP_ATTACH, OP_TABLE})
+
+KVM_RUN = 0xAE80
+KVM_SET_USER_MEMORY_REGION = 0x4020AE46
+KVM_SET_USER_MEMORY_REGION2 = 0x40A0AE49
+KVM_GET_DIRTY_LOG = 0x4010AE42
+KVM_SET_SIGNAL_MASK = 0x4004AE8B
+DEVICE_ATTRIBUTES = frozenset({0x4018AEE1, 0x4018AEE2, 0x4018AEE3})  # SET, GET, HAS
+CREATES = frozenset({0xAE01, 0xAE41, 0xAECE, 0xC040AED4})  # VM, VCPU, STATS_FD, GUEST_MEMFD
+KVMIO = 0xAE
+# ioctls whose argument counts its own elements in the first u32: (bytes of one element)
+COUNTED = {
+    0xC008AE88: 16,  # GET_MSRS
+    0x4008AE89: 16,  # SET_MSRS
+    0xC008AE05: 40,  # GET_SUPPORTED_CPUID
+    0xC008AE91: 40,  # GET_CPUID2
+    0x4008AE90: 40,  # SET_CPUID2
+    0xC004AE02: 4,  # GET_MSR_INDEX_LIST
+    0xC004AE0A: 4,  # GET_MSR_FEATURE_INDEX_LIST
+    0x4008AE6A: 48,  # SET_GSI_ROUTING
+}
+# ioctls that carry pointers or start what the keeper does itself: never passed through
+REFUSED = frozenset({KVM_RUN, KVM_SET_SIGNAL_MASK, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2, KVM_GET_DIRTY_LOG})
+# an fd of the keeper's within the argument: request -> (offset of the number, offset of a second or None)
+INNER_FDS = {0x4020AE76: (0, 20), 0x4040AE79: (16, None)}  # IRQFD: fd, resamplefd; IOEVENTFD
+NO_FD = 0xFFFFFFFF
+
+
+_libc_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+_libc_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+
+
+def ioctl(fd: int, request: int, argument: int | bytes | ctypes.Array[ctypes.c_char]) -> int:
+    """ioctl(2). Unlike `fcntl.ioctl` it never keeps the interpreter's lock, whatever the argument's size."""
+    pointer = argument if isinstance(argument, (int, bytes)) else ctypes.addressof(argument)
+    result: int = _libc_ioctl(fd, request, pointer)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "ioctl")
+    return result
+
+
+class Refused(Exception):
+    """A message that is not carried out; the errno goes into the reply."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.errno = number
+
+
+EINVAL, EPERM, EBUSY, EBADF, ENOSPC = 22, 1, 16, 9, 28
+
+
+class VcpuRunner:
+    """The thread of one vCPU."""
+
+    def __init__(self, fd: int, slot: int, words: memoryview) -> None:
+        self.fd = fd
+        self.go = os.eventfd(0, os.EFD_CLOEXEC)
+        self.done = os.eventfd(0, os.EFD_CLOEXEC)
+        self._words = words[slot * SLOT // 8 : (slot + 1) * SLOT // 8]
+        self.thread = threading.Thread(target=self._main, daemon=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether KVM_RUN is called and has not returned: then no other ioctl may go to this vCPU."""
+        return self._words[CALLED] != self._words[RETURNED]
+
+    def _main(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK})
+        words, fd, go, done = self._words, self.fd, self.go, self.done
+        read, write = os.eventfd_read, os.eventfd_write
+        while True:
+            read(go)
+            while words[CALLED] != words[RETURNED]:
+                try:
+                    ioctl(fd, KVM_RUN, 0)
+                    result = 0
+                except OSError as error:
+                    result = error.errno or EINVAL
+                    signal.sigtimedwait({KICK}, 0)
+                words[RESULT] = result
+                words[RETURNED] += 1
+                write(done, 1)
+
+
+class Keeper:
+    """Everything the process is."""
+
+    def __init__(self, listener: socket.socket | None, first: socket.socket) -> None:
+        self._poll = select.poll()
+        self._listener = listener
+        self._clients: dict[int, socket.socket] = {}
+        self._attached: socket.socket | None = None
+        self._names: dict[tuple[bytes, int], int] = {}
+        self._held: set[int] = set()
+        self._mappings: list[mmap.mmap] = []
+        self._buffer = ctypes.create_string_buffer(PAYLOAD_MAX)
+        self._slots_fd = os.memfd_create("vmm-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._slots_fd, SLOTS_SIZE)
+        fcntl.fcntl(
+            self._slots_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        )
+        self._words = memoryview(mmap.mmap(self._slots_fd, SLOTS_SIZE)).cast("Q")
+        self._runners: dict[int, VcpuRunner] = {}
+        self._by_fd: dict[int, VcpuRunner] = {}
+        self._orphan_s = 0.0
+        self._alone_since = time.monotonic()
+        self._names[b"kvm-slots", 0] = self._slots_fd
+        self._held.add(self._slots_fd)
+        if listener is not None:
+            self._poll.register(listener, select.POLLIN)
+        self._admit(first)
+        self._operations = {
+            OP_IOCTL: self._ioctl,
+            OP_CREATE: self._create,
+            OP_MEMORY: self._memory,
+            OP_ATTRIBUTE: self._attribute,
+            OP_DIRTY_LOG: self._dirty_log,
+            OP_VCPU: self._vcpu,
+            OP_KICK: self._kick,
+            OP_STORE: self._store,
+            OP_DROP: self._drop,
+            OP_TABLE: self._table,
+            OP_ATTACH: self._attach,
+            OP_DETACH: self._detach,
+            OP_SUCCESSOR: self._successor,
+            OP_ORPHAN: self._orphan,
+        }
+
+    # --- who speaks to us ---
+
+    def serve(self) -> None:
+        """Serve until the attached VMM says OP_QUIT, or nobody came for the orphan timeout."""
+        while True:
+            wait_ms = None
+            if self._attached is None and self._orphan_s:
+                left = self._alone_since + self._orphan_s - time.monotonic()
+                if left <= 0:
+                    return
+                wait_ms = left * 1000 + 1
+            for fd, _ in self._poll.poll(wait_ms):
+                if self._listener is not None and fd == self._listener.fileno():
+                    sock, _ = self._listener.accept()
+                    self._admit(sock)
+                elif fd in self._clients and not self._serve_one(self._clients[fd]):
+                    return
+
+    def _admit(self, sock: socket.socket) -> None:
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid not in (os.geteuid(), 0) or len(self._clients) >= 16:
+            sock.close()
+            return
+        sock.setblocking(True)
+        sock.settimeout(5.0)  # a VMM that does not take its answers cannot stop us
+        self._clients[sock.fileno()] = sock
+        self._poll.register(sock, select.POLLIN)
+
+    def _dismiss(self, sock: socket.socket) -> None:
+        self._poll.unregister(sock)
+        del self._clients[sock.fileno()]
+        if sock is self._attached:
+            self._leave()
+        sock.close()
+
+    def _leave(self) -> None:
+        self._attached = None
+        self._alone_since = time.monotonic()
+
+    def _serve_one(self, sock: socket.socket) -> bool:
+        fds = array.array("i")
+        try:
+            data, ancillary, flags, _ = sock.recvmsg(
+                MESSAGE_MAX, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC
+            )
+        except OSError:
+            self._dismiss(sock)
+            return True
+        for _, _, content in ancillary:
+            fds.frombytes(content[: len(content) - len(content) % 4])
+        payload, sent, result, number = b"", [], 0, 0
+        try:
+            if not data:
+                self._dismiss(sock)
+                return True
+            if len(data) < REQUEST.size or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise Refused(EINVAL)
+            op, fd, request, *arguments = REQUEST.unpack_from(data)
+            if op not in NEED_NO_ATTACH and sock is not self._attached:
+                raise Refused(EPERM)
+            if op == OP_QUIT:
+                sock.sendall(REPLY.pack(0, 0, 0))
+                return False
+            operation = self._operations.get(op)
+            if operation is None:
+                raise Refused(EINVAL)
+            payload, sent, result = operation(sock, fd, request, arguments, data[REQUEST.size :], fds)
+        except Refused as refusal:
+            result, number = -1, refusal.errno
+        except OSError as error:
+            result, number = -1, error.errno or EINVAL
+        except (struct.error, ValueError, OverflowError):  # a payload of the wrong shape
+            result, number = -1, EINVAL
+        finally:
+            for one in fds:
+                if one not in self._held and one not in self._clients:
+                    os.close(one)
+        try:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", sent))] if sent else []
+            sock.sendmsg([REPLY.pack(result, number, 0), payload], rights)
+        except OSError:
+            self._dismiss(sock)
+        return True
+
+    # --- operations: (socket, fd, request, arguments, payload, fds) -> (payload, fds, result) ---
+
+    def _owned(self, fd: int) -> int:
+        if fd not in self._held:
+            raise Refused(EBADF)
+        runner = self._by_fd.get(fd)
+        if runner is not None and runner.busy:
+            raise Refused(EBUSY)
+        return fd
+
+    def _argument(self, request: int, payload: bytes) -> ctypes.Array[ctypes.c_char]:
+        """The payload in a buffer larger than anything the kernel writes for it."""
+        unit = COUNTED.get(request)
+        if unit is not None:
+            if len(payload) < 8 or 8 + struct.unpack_from("=I", payload)[0] * unit > PAYLOAD_MAX:
+                raise Refused(EINVAL)
+        elif len(payload) < request >> 16 & 0x3FFF:
+            raise Refused(EINVAL)
+        for offset in INNER_FDS.get(request, ()):
+            if offset is not None:
+                (inner,) = struct.unpack_from("=I", payload, offset)
+                if inner not in self._held and not (offset and inner in (0, NO_FD)):
+                    raise Refused(EBADF)
+        ctypes.memmove(self._buffer, payload + bytes(PAYLOAD_MAX - len(payload)), PAYLOAD_MAX)
+        return self._buffer
+
+    def _call(self, fd: int, request: int, argument: int, payload: bytes) -> tuple[int, bytes]:
+        if request >> 8 & 0xFF != KVMIO or request in REFUSED or request in DEVICE_ATTRIBUTES:
+            raise Refused(EPERM)
+        if not payload:
+            if request >> 16 & 0x3FFF:
+                raise Refused(EINVAL)
+            return ioctl(self._owned(fd), request, argument), b""
+        buffer = self._argument(request, payload)
+        result = ioctl(self._owned(fd), request, buffer)
+        return result, buffer.raw[: len(payload)]
+
+    def _ioctl(self, _s, fd, request, arguments, payload, _f):  # type: ignore[no-untyped-def]
+        if request in CREATES:
+            raise Refused(EPERM)
+        result, out = self._call(fd, request, arguments[0], payload)
+        return out, [], result
+
+    def _create(self, _s, fd, request, arguments, payload, _f):  # type: ignore[no-untyped-def]
+        if request not in CREATES or len(self._held) >= FDS_MAX:
+            raise Refused(EPERM)
+        created, _ = self._call(fd, request, arguments[0], payload)
+        os.set_inheritable(created, False)
+        self._held.add(created)
+        return struct.pack("=I", created), [created], 0
+
+    def _memory(self, _s, fd, request, arguments, payload, _f):  # type: ignore[no-untyped-def]
+        slot_flags, gpa, size, offset = arguments[:4]
+        memfd, guest_memfd, guest_offset = struct.unpack("=IIQ", payload)
+        address = 0
+        if size and memfd != NO_FD:
+            mapping = mmap.mmap(
+                self._owned(memfd), size, mmap.MAP_SHARED | 0x4000, offset=offset
+            )  # NORESERVE
+            self._mappings.append(mapping)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        slot, flags = slot_flags & 0xFFFFFFFF, slot_flags >> 32
+        region = struct.pack("=IIQQQ", slot, flags, gpa, size, address)
+        if guest_memfd != NO_FD:
+            region += struct.pack("=QI", guest_offset, self._owned(guest_memfd)) + bytes(4 + 14 * 8)
+            number = KVM_SET_USER_MEMORY_REGION2
+        else:
+            number = KVM_SET_USER_MEMORY_REGION
+        ioctl(self._owned(fd), number, region)
+        return b"", [], 0
+
+    def _attribute(self, _s, fd, request, arguments, _p, _f):  # type: ignore[no-untyped-def]
+        if request not in DEVICE_ATTRIBUTES:
+            raise Refused(EPERM)
+        word = ctypes.c_uint64(arguments[2])
+        group, attribute = arguments[0] & 0xFFFFFFFF, arguments[1]
+        block = struct.pack("=IIQQ", 0, group, attribute, ctypes.addressof(word))
+        result = ioctl(self._owned(fd), request, block)
+        return struct.pack("=Q", word.value), [], result
+
+    def _dirty_log(self, _s, fd, _r, arguments, _p, _f):  # type: ignore[no-untyped-def]
+        slot, size = arguments[:2]
+        if size > PAYLOAD_MAX:
+            raise Refused(EINVAL)
+        bitmap = ctypes.create_string_buffer(PAYLOAD_MAX)
+        ioctl(
+            self._owned(fd), KVM_GET_DIRTY_LOG, struct.pack("=IIQ", slot, 0, ctypes.addressof(bitmap))
+        )
+        return bitmap.raw[:size], [], 0
+
+    def _vcpu(self, _s, fd, _r, arguments, _p, _f):  # type: ignore[no-untyped-def]
+        slot = arguments[0]
+        if slot >= SLOTS or slot in self._runners:
+            raise Refused(EINVAL)
+        unblocked = ~(1 << (KICK - 1)) & (1 << 64) - 1
+        ioctl(self._owned(fd), KVM_SET_SIGNAL_MASK, struct.pack("=IQ", 8, unblocked))
+        runner = VcpuRunner(fd, slot, self._words)
+        self._runners[slot] = self._by_fd[fd] = runner
+        runner.thread.start()
+        for name, one in ((b"kvm-go", runner.go), (b"kvm-done", runner.done)):
+            self._names[name, slot] = one
+            self._held.add(one)
+        return b"", [runner.go, runner.done], 0
+
+    def _kick(self, _s, _fd, _r, arguments, _p, _f):  # type: ignore[no-untyped-def]
+        runner = self._runners.get(arguments[0])
+        if runner is None:
+            raise Refused(EINVAL)
+        signal.pthread_kill(runner.thread.ident or 0, KICK)
+        return b"", [], 0
+
+    def _store(self, _s, fd, _r, _a, payload, fds):  # type: ignore[no-untyped-def]
+        name, index, _ = NAME.unpack(payload)
+        key = (name.rstrip(b"\0"), index)
+        if key in self._names or len(self._held) >= FDS_MAX:
+            raise Refused(ENOSPC)
+        stored = self._owned(fd) if not fds else fds[0]
+        self._names[key] = stored
+        self._held.add(stored)
+        return struct.pack("=I", stored), [], 0
+
+    def _drop(self, _s, _fd, _r, _a, payload, _f):  # type: ignore[no-untyped-def]
+        name, index, _ = NAME.unpack(payload)
+        fd = self._names.pop((name.rstrip(b"\0"), index), None)
+        if fd is None or fd in self._by_fd:
+            raise Refused(EBADF)
+        self._held.discard(fd)
+        os.close(fd)
+        return b"", [], 0
+
+    def _table(self, _s, _fd, _r, arguments, _p, _f):  # type: ignore[no-untyped-def]
+        first = arguments[0]
+        rows = list(self._names.items())
+        part = rows[first : first + FDS_PER_MESSAGE]
+        packed = b"".join(NAME.pack(name, index, fd) for (name, index), fd in part)
+        return packed, [fd for _, fd in part], len(rows)
+
+    def _attach(self, sock, _fd, _r, _a, _p, _f):  # type: ignore[no-untyped-def]
+        if self._attached is not None and self._attached is not sock and not _hung_up(self._attached):
+            raise Refused(EBUSY)
+        self._attached = sock
+        return b"", [], 0
+
+    def _detach(self, _s, _fd, _r, _a, _p, _f):  # type: ignore[no-untyped-def]
+        self._leave()
+        return b"", [], 0
+
+    def _successor(self, _s, _fd, _r, _a, _p, fds):  # type: ignore[no-untyped-def]
+        if len(fds) != 1:
+            raise Refused(EINVAL)
+        self._admit(socket.socket(fileno=fds.pop()))
+        return b"", [], 0
+
+    def _orphan(self, _s, _fd, _r, arguments, _p, _f):  # type: ignore[no-untyped-def]
+        self._orphan_s = arguments[0] / 1000
+        return b"", [], 0
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))
+
+
+def main() -> None:
+    """`keeper.py FIRST [LISTENER]`: the fd of the first VMM's connection, and of the listening socket if any."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {KICK, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE})
+    threading.stack_size(256 * 1024)
+    sys.setswitchinterval(0.0005)
+    fds = [int(word) for word in sys.argv[1:]]
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    listener = socket.socket(fileno=fds[1]) if len(fds) > 1 else None
+    Keeper(listener, socket.socket(fileno=fds[0])).serve()
+    os._exit(0)  # the threads are in KVM_RUN; the VM goes with the process
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,378 @@
+"""The port to a VM that a keeper owns: the same calls as `DirectPort`, carried out in the keeper's process.
+
+KVM_RUN needs no message: a vCPU's slot in shared memory and two eventfds do it (see `keeper`). Everything else is
+one request and one reply on a socket, one at a time. This module must never decide what an exit means, and
+holds no state that a VMM which comes after a crash would need.
+"""
+
+from __future__ import annotations
+
+import array
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vmm.errors import HostError, PeerError
+from vmm.kvm import abi, keeper
+from vmm.kvm.abi import Ioctl
+from vmm.kvm.port import KICKED, Argument, Bitmap, ioctl_error
+
+ANSWER_TIMEOUT_S = 10.0
+
+SLOTS_NAME, GO_NAME, DONE_NAME = "kvm-slots", "kvm-go", "kvm-done"
+
+
+@dataclass(frozen=True)
+class HeldFd:
+    """One row of the keeper's table: what it is called, and this process's copy of it."""
+
+    name: str
+    id: int
+    keepers_fd: int
+    fd: int
+
+
+class _Runner:
+    """This process's end of one vCPU's slot."""
+
+    def __init__(self, words: memoryview, slot: int, go: int, done: int) -> None:
+        self.slot = slot
+        self.words = words[slot * keeper.SLOT // 8 : (slot + 1) * keeper.SLOT // 8]
+        self.go = go
+        self.done = done
+        self.leaving = False
+        called, returned, result = (self.words[at] for at in (keeper.CALLED, keeper.RETURNED, keeper.RESULT))
+        self.unserved = returned > 0 and called == returned and result == 0
+
+    def proceed(self) -> None:
+        """Have the keeper call KVM_RUN unless it has been told to already: the last exit is served."""
+        words = self.words
+        if words[keeper.CALLED] == words[keeper.RETURNED]:
+            words[keeper.CALLED] += 1
+            os.eventfd_write(self.go, 1)
+
+
+class KeeperPort:
+    """A `Port` over one connection to a keeper. `attach` before anything but `table` is asked of it."""
+
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        sock.settimeout(ANSWER_TIMEOUT_S)
+        self.pid: Final = pid
+        self._sock = sock
+        self._lock = threading.Lock()
+        self._numbers: dict[int, int] = {}  # this process's fd -> the keeper's
+        self._runners: dict[int, _Runner] = {}
+        self._words: memoryview | None = None
+        self.events: dict[int, tuple[int, int]] = {}  # vCPU index -> its go and done eventfds
+
+    @classmethod
+    def start(cls, listener: socket.socket | None = None) -> KeeperPort:
+        """Start a keeper process and attach to it; `listener` is where VMMs that come later will find it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        passed = [theirs.fileno()] + ([listener.fileno()] if listener is not None else [])
+        command = [sys.executable, "-I", "-S", "-B", keeper.__file__, *map(str, passed)]
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    command, pass_fds=passed, stdin=subprocess.DEVNULL, start_new_session=True, cwd="/"
+                )
+            except OSError as error:
+                ours.close()
+                raise HostError(f"the keeper process cannot be started: {error.strerror}") from error
+        port = cls(ours, process.pid)
+        process.returncode = 0  # it outlives this process: nobody here waits for it
+        port.attach()
+        return port
+
+    @classmethod
+    def connect(cls, path: str) -> KeeperPort:
+        """A connection to the keeper that listens at `path`; not attached yet. Raises PeerError."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            sock.close()
+            raise PeerError(f"no keeper answers at {path}: {error.strerror}") from error
+        return cls(sock, cls.peer(sock))
+
+    @classmethod
+    def adopt(cls, sock: socket.socket, fds: Mapping[tuple[str, int], int]) -> KeeperPort:
+        """The port of a VMM that takes over, on the fds that came with it; `attach` when the guest is its own.
+
+        `fds` are this process's, by name and id; the keeper says which of its own each of them is. Raises
+        PeerError where the keeper has no such machine.
+        """
+        port = cls(sock, cls.peer(sock))
+        rows = port.table()
+        try:
+            known = {(row.name, row.id): row.keepers_fd for row in rows}
+            port._numbers = {fd: known[key] for key, fd in fds.items() if key in known}
+            missing = [f"{name}/{index}" for name, index in fds if name in ("vm", "vcpu") and (name, index) not in known]
+            if missing:
+                raise PeerError(f"the keeper, process {port.pid}, does not have {', '.join(missing)}")
+            for (name, index), fd in fds.items():
+                if name == "vcpu":
+                    port.adopt_vcpu(fd, index, fds[GO_NAME, index], fds[DONE_NAME, index])
+        finally:
+            for row in rows:
+                os.close(row.fd)
+        return port
+
+    @staticmethod
+    def peer(sock: socket.socket) -> int:
+        """The pid at the other end of a connected socket."""
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+    # --- one message ---
+
+    def _ask(
+        self, op: int, fd: int = -1, request: int = 0, arguments: Iterable[int] = (), payload: bytes = b"", fds: Iterable[int] = ()
+    ) -> tuple[int, int, bytes, list[int]]:
+        words = [*arguments, 0, 0, 0, 0][:4]
+        data = keeper.REQUEST.pack(op, fd, request, *words) + payload
+        rights = array.array("i", fds)
+        ancillary: list[Any] = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
+        received = array.array("i")
+        try:
+            with self._lock:
+                self._sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+                answer, extra, _, _ = self._sock.recvmsg(
+                    keeper.REPLY.size + keeper.PAYLOAD_MAX, socket.CMSG_SPACE(4 * 253), socket.MSG_CMSG_CLOEXEC
+                )
+        except OSError as error:
+            raise PeerError(f"the keeper, process {self.pid}, does not answer: {error}") from error
+        for level, kind, content in extra:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                received.frombytes(content[: len(content) - len(content) % 4])
+        if len(answer) < keeper.REPLY.size:
+            for one in received:
+                os.close(one)
+            raise PeerError(f"the keeper, process {self.pid}, has ended and the guest with it")
+        result, number, _ = keeper.REPLY.unpack_from(answer)
+        return result, number, answer[keeper.REPLY.size :], list(received)
+
+    def _do(self, op: int, what: str, **arguments: Any) -> tuple[int, bytes, list[int]]:
+        result, number, payload, fds = self._ask(op, **arguments)
+        if number:
+            raise PeerError(f"the keeper, process {self.pid}, refuses to {what}: {os.strerror(number)}")
+        return result, payload, fds
+
+    def _number(self, fd: int) -> int:
+        number = self._numbers.get(fd)
+        if number is None:
+            raise PeerError(f"the keeper, process {self.pid}, does not have fd {fd}")
+        return number
+
+    # --- attaching, and the fds that the keeper holds ---
+
+    def attach(self) -> None:
+        """Be the VMM that the keeper serves. Raises PeerError while another one is attached and alive."""
+        self._do(keeper.OP_ATTACH, "serve two VMMs")
+
+    def detach(self) -> None:
+        """Be it no more. The guest runs on; its exits wait."""
+        self._do(keeper.OP_DETACH, "let this VMM go")
+
+    def make_successor(self) -> socket.socket:
+        """A connection for a VMM that will attach once this one has detached."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._do(keeper.OP_SUCCESSOR, "take a successor", fds=[theirs.fileno()])
+        return ours
+
+    def set_orphan_timeout(self, seconds: float) -> None:
+        """How long the keeper, and the guest with it, lives without a VMM; 0: for ever."""
+        self._do(keeper.OP_ORPHAN, "take a timeout", arguments=[round(seconds * 1000)])
+
+    def quit(self) -> None:
+        """End the keeper and the guest."""
+        self._do(keeper.OP_QUIT, "end")
+
+    def close(self) -> None:
+        """Close the connection; the keeper takes that as a detach."""
+        self._runners.clear()
+        self._sock.close()
+
+    def store(self, name: str, index: int, fd: int) -> None:
+        """Have the keeper hold a copy of `fd` under that name, for whoever attaches after this process."""
+        known = self._numbers.get(fd)
+        packed = keeper.NAME.pack(name.encode(), index, 0)
+        if known is not None:
+            self._do(keeper.OP_STORE, f"hold {name}/{index}", fd=known, payload=packed)
+            return
+        _, payload, _ = self._do(keeper.OP_STORE, f"hold {name}/{index}", payload=packed, fds=[fd])
+        self._numbers[fd] = int.from_bytes(payload, sys.byteorder)
+
+    def drop(self, name: str, index: int) -> None:
+        """Have the keeper close its copy."""
+        self._do(keeper.OP_DROP, f"drop {name}/{index}", payload=keeper.NAME.pack(name.encode(), index, 0))
+
+    def table(self) -> list[HeldFd]:
+        """Everything the keeper holds under a name, with new copies of the fds for this process."""
+        rows: list[HeldFd] = []
+        while True:
+            total, payload, fds = self._do(keeper.OP_TABLE, "say what it holds", arguments=[len(rows)])
+            for at, fd in enumerate(fds):
+                name, index, number = keeper.NAME.unpack_from(payload, at * keeper.NAME.size)
+                rows.append(HeldFd(name.rstrip(b"\0").decode(), index, number, fd))
+            if len(rows) >= total or not fds:
+                return rows
+
+    # --- Port ---
+
+    def admit(self, fd: int) -> None:
+        """Have the keeper hold a copy of `fd`, which calls will name."""
+        if fd not in self._numbers:
+            self.store("kvm", 0, fd)
+
+    def ioctl(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
+        """See `Port.ioctl`."""
+        return self._ioctl(keeper.OP_IOCTL, fd, request, arg)[0]
+
+    def create(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
+        """See `Port.create`; the keeper holds the new fd, and this process a copy."""
+        _, payload, fds = self._ioctl(keeper.OP_CREATE, fd, request, arg)
+        self._numbers[fds[0]] = int.from_bytes(payload, sys.byteorder)
+        if request is abi.KVM_CREATE_VM:
+            self.store("vm", 0, fds[0])
+        return fds[0]
+
+    def _ioctl(self, op: int, fd: int, request: Ioctl, arg: Argument) -> tuple[int, bytes, list[int]]:
+        if isinstance(arg, int):
+            result, number, payload, fds = self._ask(op, self._number(fd), request.number, [arg % (1 << 64)])
+        else:
+            sent = self._with_keepers_fds(request, arg)
+            result, number, payload, fds = self._ask(op, self._number(fd), request.number, payload=sent)
+            if not number and op == keeper.OP_IOCTL and not request.fds:
+                memoryview(arg).cast("B")[: len(payload)] = payload
+        if number:
+            raise ioctl_error(number, request)
+        return result, payload, fds
+
+    def _with_keepers_fds(self, request: Ioctl, arg: Any) -> bytes:
+        if not request.fds:
+            return bytes(arg)
+        copy = type(arg).from_buffer_copy(arg)
+        for name in request.fds:
+            fd = getattr(copy, name)
+            if fd in self._numbers:
+                setattr(copy, name, self._numbers[fd])
+        return bytes(copy)
+
+    def _attribute(self, fd: int, request: Ioctl, group: int, attr: int, value: int) -> int:
+        _, number, payload, _ = self._ask(
+            keeper.OP_ATTRIBUTE, self._number(fd), request.number, [group, attr, value]
+        )
+        if number:
+            raise ioctl_error(number, request)
+        return int.from_bytes(payload, sys.byteorder)
+
+    def get_attr(self, fd: int, group: int, attr: int) -> int:
+        """See `Port.get_attr`."""
+        return self._attribute(fd, abi.KVM_GET_DEVICE_ATTR, group, attr, 0)
+
+    def set_attr(self, fd: int, group: int, attr: int, value: int) -> None:
+        """See `Port.set_attr`."""
+        self._attribute(fd, abi.KVM_SET_DEVICE_ATTR, group, attr, value)
+
+    def has_attr(self, fd: int, group: int, attr: int) -> bool:
+        """See `Port.has_attr`."""
+        try:
+            self._attribute(fd, abi.KVM_HAS_DEVICE_ATTR, group, attr, 0)
+        except OSError:
+            return False
+        return True
+
+    def set_user_memory(
+        self, vm_fd: int, slot: int, flags: int, gpa: int, size: int, hva: int, memfd: int, offset: int
+    ) -> None:
+        """See `Port.set_user_memory`; the keeper maps the memfd in its own address space."""
+        if memfd not in self._numbers:
+            self.store("memory", slot, memfd)
+        payload = self._number(memfd).to_bytes(4, sys.byteorder) + b"\xff" * 4 + bytes(8)
+        _, number, _, _ = self._ask(
+            keeper.OP_MEMORY, self._number(vm_fd), 0, [slot | flags << 32, gpa, size, offset], payload
+        )
+        if number:
+            raise ioctl_error(number, abi.KVM_SET_USER_MEMORY_REGION)
+
+    def get_dirty_log(self, vm_fd: int, slot: int, bitmap: Bitmap) -> None:
+        """See `Port.get_dirty_log`."""
+        view = memoryview(bitmap).cast("B")
+        _, number, payload, _ = self._ask(keeper.OP_DIRTY_LOG, self._number(vm_fd), 0, [slot, view.nbytes])
+        if number:
+            raise ioctl_error(number, abi.KVM_GET_DIRTY_LOG)
+        view[:] = payload
+
+    # --- vCPUs ---
+
+    def start_vcpu(self, vcpu_fd: int, index: int) -> None:
+        """See `Port.start_vcpu`: the keeper starts the thread, which waits for the first `run`."""
+        self.store("vcpu", index, vcpu_fd)
+        _, _, (go, done) = self._do(
+            keeper.OP_VCPU, f"run vCPU {index}", fd=self._number(vcpu_fd), arguments=[index]
+        )
+        self.adopt_vcpu(vcpu_fd, index, go, done)
+
+    def adopt_vcpu(self, vcpu_fd: int, index: int, go: int, done: int) -> None:
+        """Go on with a vCPU that another VMM started, on this process's copies of its eventfds."""
+        self.events[index] = go, done
+        self._runners[vcpu_fd] = _Runner(self._slots(), index, go, done)
+
+    def bind_thread(self, vcpu_fd: int) -> None:
+        """See `Port.bind_thread`: the thread that is kicked is the keeper's."""
+
+    def _slots(self) -> memoryview:
+        if self._words is None:
+            for row in self.table():
+                if row.name == SLOTS_NAME:
+                    self._words = memoryview(mmap.mmap(row.fd, keeper.SLOTS_SIZE)).cast("Q")
+                os.close(row.fd)
+        if self._words is None:
+            raise PeerError(f"the keeper, process {self.pid}, has no slots")
+        return self._words
+
+    def run(self, vcpu_fd: int) -> bool:
+        """See `Port.run`. An exit that an earlier VMM left unserved is the first that is returned."""
+        runner = self._runners[vcpu_fd]
+        words = runner.words
+        if not runner.unserved:
+            runner.proceed()
+        while words[keeper.CALLED] != words[keeper.RETURNED]:
+            if runner.leaving:
+                return False
+            os.eventfd_read(runner.done)
+        result = words[keeper.RESULT]
+        if result == 0:
+            runner.unserved = False
+            return True
+        if result in KICKED:
+            return False
+        raise ioctl_error(result, abi.KVM_RUN)
+
+    def kick(self, vcpu_fd: int) -> None:
+        """See `Port.kick`."""
+        self._do(keeper.OP_KICK, "kick a vCPU", arguments=[self._runners[vcpu_fd].slot])
+
+    def leave(self, vcpu_fd: int) -> None:
+        """See `Port.leave`."""
+        runner = self._runners[vcpu_fd]
+        runner.leaving = True
+        os.eventfd_write(runner.done, 1)
+
+    def go_on(self, vcpu_fd: int) -> None:
+        """See `Port.go_on`."""
+        runner = self._runners[vcpu_fd]
+        runner.leaving = False
+        if not runner.unserved:
+            runner.proceed()
+
+    def exits(self, vcpu_fd: int) -> int:
+        """See `Port.exits`."""
+        return int(self._runners[vcpu_fd].words[keeper.RETURNED])

@@ -30,7 +30,7 @@ from vmm.machine.config import MachineConfig, differences, encode, from_mapping
 from vmm.machine.machine import Machine
 from vmm.machine.probe import probe_received_vm
 from vmm.machine.runstate import RunState
-from vmm.machine.vcpu_thread import KICK
+from vmm.kvm.port import KICK
 from vmm.qmp.backend import QmpError
 from vmm.qmp.commands import COMMANDS
 from vmm.qmp.schema import MigrationMode, UnixSocket
@@ -265,6 +265,10 @@ class VmmProcess:
         """query-cpus-fast."""
         return [(thread.index, thread.native_id) for thread in self._machine.threads] if self._machine else []
 
+    def memory_size(self) -> int:
+        """query-memory-size-summary."""
+        return self._machine.config.memory if self._machine else 0
+
     def stop(self) -> None:
         """Stop."""
         machine = self._the_machine()
@@ -488,7 +492,10 @@ class VmmProcess:
     def _received(self) -> None:
         self._tracer.role = "old"
         self._own()
-        log.info("the guest runs here")
+        if self._error is None:
+            log.info("the guest runs here")
+        else:
+            log.warning("%s", self._error)
 
     def _not_received(self) -> None:
         log.error("no guest was taken over: %s", self._error)

@@ -5,9 +5,9 @@
         └────────────┴──────────┴──────────┴────────────┘
                      └──▶ FAILED: the old VMM has the guest, or has died with it; this process ends
 
-In PREPARED this side holds all there is of the guest. Whatever then becomes of the old VMM or of its Commit,
-the run token decides: this side runs the guest if it gets the token and the epoch has not moved, and never
-otherwise.
+In PREPARED this side holds all there is of the guest. Whatever then becomes of the old VMM, of Prepared or of
+Commit, the run token decides: this side runs the guest if it gets the token and the epoch has not moved, and
+never otherwise. After TAKEN nothing decides anything: the guest is here.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class IncomingWorld(Protocol):
         """Run the guest. Only with the token."""
 
     async def send_running(self) -> None:
-        """Tell the old VMM; it need not be there any more."""
+        """Tell the old VMM, where it is still there."""
 
     async def refuse(self, reason: str) -> None:
         """Tell the old VMM, where it still listens, why this will not work; close the channels."""
@@ -118,7 +118,6 @@ async def incoming(world: IncomingWorld) -> Phase:
         await world.receive_state()
         world.enter(Phase.RECEIVED)
         await world.load()
-        await world.send_prepared()
         world.enter(Phase.PREPARED)
         silence = await _commit_or_silence(world)
         if not await world.take_token():
@@ -129,8 +128,12 @@ async def incoming(world: IncomingWorld) -> Phase:
         return Phase.FAILED
     world.enter(Phase.TAKEN)
     await world.run()
-    await world.send_running()
-    world.enter(Phase.COMPLETED)
+    try:
+        await world.send_running()
+    except Exception as error:
+        world.enter(Phase.COMPLETED, f"the guest runs here; the old VMM could not be told: {error}")
+    else:
+        world.enter(Phase.COMPLETED)
     return Phase.COMPLETED
 
 
@@ -139,6 +142,7 @@ async def _commit_or_silence(world: IncomingWorld) -> PeerError | None:
     decides.
     """
     try:
+        await world.send_prepared()
         await world.receive_commit()
     except PeerError as error:
         return error

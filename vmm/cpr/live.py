@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 NAP_S = 0.02
-TOKEN_TRIES_AFTER_HANG_UP = 100  # a dying process closes its sockets before the kernel drops its locks
+TOKEN_TRIES = 100  # two seconds: a dying process may close its sockets before the kernel drops its locks
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class LiveOutgoing:
         expect(message, Prepared)
         self._tracer.mark("prepared")
 
-    def begin_commit(self) -> None:
+    async def begin_commit(self) -> None:
         self.cancel.disarm()
 
     async def release_token(self) -> None:
@@ -208,14 +208,27 @@ class LiveOutgoing:
         self.report.vm_fd_probe = running.probe
         self.report.add(Event(event.name, event.ns, "new", running.pid) for event in running.events)
 
+    async def keep_token(self) -> None:
+        self._epoch = self._token.renew()
+
     async def ask_token(self) -> TokenVerdict:
+        if self._token.epoch() != self._epoch:
+            return self._outlast()
         try:
-            if self._token.take(self._epoch):
-                self._epoch = self._token.epoch()
-                return TokenVerdict.MINE
+            if not self._token.take(self._epoch):
+                return TokenVerdict.UNDECIDED
         except StateError:
             return TokenVerdict.LOST
-        return TokenVerdict.UNDECIDED if self._token.epoch() == self._epoch else TokenVerdict.RUNS_THERE
+        self._epoch = self._token.epoch()
+        return TokenVerdict.MINE
+
+    def _outlast(self) -> TokenVerdict:
+        """The new VMM has moved the epoch: does it hold the token for good, or is it dying?"""
+        for _ in range(TOKEN_TRIES):
+            if not self._token.held_elsewhere():
+                return TokenVerdict.LOST
+            time.sleep(NAP_S)
+        return TokenVerdict.RUNS_THERE
 
     async def nap(self) -> None:
         time.sleep(NAP_S)  # noqa: ASYNC251 -- this world has a thread of its own
@@ -337,7 +350,7 @@ class LiveIncoming:
     async def take_token(self) -> bool:
         assert self.token is not None
         assert self._state is not None
-        for _ in range(TOKEN_TRIES_AFTER_HANG_UP):
+        for _ in range(TOKEN_TRIES):
             if self.token.take(self._state.epoch):
                 self._tracer.mark("token-taken")
                 return True
@@ -354,10 +367,9 @@ class LiveIncoming:
         events = [TraceEvent(event.name, event.ns) for event in self._tracer]
         try:
             self._main.send(Running(os.getpid(), self._probed, True, events), (), self._timeouts.commit_s)
-        except PeerError as error:
-            log.warning("the guest runs here; the old VMM was not there to be told: %s", error)
-        self._main.close()
-        self._main = None
+        finally:
+            self._main.close()
+            self._main = None
 
     async def refuse(self, reason: str) -> None:
         for channel in (self._cpr, self._main):

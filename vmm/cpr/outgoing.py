@@ -7,7 +7,9 @@
                      └──▶ FAILED or CANCELLED: the guest runs here as if nothing had happened
 
 PAUSED is the first phase in which the guest stands still, and it is left by a message, an error or a
-deadline. After COMMITTED no error decides anything: the run token does.
+deadline. Where the guest goes on here, the token's epoch is moved first: the new VMM may have loaded the state
+and not have heard of the failure, and must never run what has become stale. After COMMITTED no error decides
+anything: the run token does.
 """
 
 from __future__ import annotations
@@ -83,8 +85,8 @@ class TokenVerdict(Enum):
 
 
 class OutgoingWorld(Protocol):
-    """All that the coroutine can see and do. Each call may raise a VmmError; before the commit that ends the
-    handover.
+    """All that the coroutine can see and do. A call may raise, unless it says that it cannot fail; before the
+    commit that ends the handover.
     """
 
     def enter(self, phase: Phase, error: str | None = None) -> None:
@@ -108,7 +110,7 @@ class OutgoingWorld(Protocol):
     async def receive_prepared(self) -> None:
         """Wait for the new VMM to have loaded it."""
 
-    def begin_commit(self) -> None:
+    async def begin_commit(self) -> None:
         """From here on nothing can be cancelled. Raises Cancelled where it was before."""
 
     async def release_token(self) -> None:
@@ -119,6 +121,9 @@ class OutgoingWorld(Protocol):
 
     async def receive_running(self) -> None:
         """Wait for the new VMM to run the guest."""
+
+    async def keep_token(self) -> None:
+        """Move the epoch, the token in hand: what the new VMM was told of the guest is stale. Cannot fail."""
 
     async def ask_token(self) -> TokenVerdict:
         """Try to take the token back, and say what it says."""
@@ -154,9 +159,10 @@ async def outgoing(world: OutgoingWorld) -> Phase:
         await world.send_state()
         await world.receive_prepared()
         world.enter(Phase.PREPARED)
-        world.begin_commit()
+        await world.begin_commit()
     except Exception as error:  # noqa: BLE001 -- whatever it was, the guest must go on
         if paused:
+            await world.keep_token()
             await world.roll_back()
         await world.withdraw(str(error))
         phase = Phase.CANCELLED if isinstance(error, Cancelled) else Phase.FAILED
@@ -167,14 +173,14 @@ async def outgoing(world: OutgoingWorld) -> Phase:
     try:
         await world.send_commit()
         await world.receive_running()
-    except VmmError as error:
+    except Exception as error:
         return await _arbitrate(world, error)
     await world.give_up()
     world.enter(Phase.COMPLETED)
     return Phase.COMPLETED
 
 
-async def _arbitrate(world: OutgoingWorld, error: VmmError) -> Phase:
+async def _arbitrate(world: OutgoingWorld, error: Exception) -> Phase:
     """The new VMM's last word is missing: the token says who runs the guest. It is asked until it says so."""
     while (verdict := await world.ask_token()) is TokenVerdict.UNDECIDED:
         await world.nap()

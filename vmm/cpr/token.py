@@ -3,8 +3,9 @@
 The token is an open-file-description lock (F_OFD_SETLK, byte 0) on a small memfd, beside an epoch word in
 that memfd. Each VMM locks its own re-open of the memfd: a copy of one description would keep the lock alive
 past its holder's death, so a re-open is close-on-exec, never sent and never inherited. Whoever holds the lock
-may run the guest. Each taking moves the epoch by one, and a side that expects an epoch which has moved knows
-that the guest has run elsewhere since: it must never run its own copy again.
+may run the guest. Each taking moves the epoch by one, and so does a holder that lets the guest go on after a
+handover that failed; a side that expects an epoch which has moved knows that the guest has run elsewhere since:
+it must never run its own copy again.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ class RunToken:
             raise
         return True
 
+    def held_elsewhere(self) -> bool:
+        """Whether another process holds the token now."""
+        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
     def take(self, expected_epoch: int) -> bool:
         """Take the token if nobody holds it; True if it is held now, and then the epoch is `expected_epoch` +
         1.
@@ -63,17 +69,35 @@ class RunToken:
         """
         if self.held:
             raise HandoverError("the run token is held already")
+        self._check(expected_epoch)  # first without the lock: a stale process must not hold up the others
         if not self._lock(fcntl.F_WRLCK):
             return False
+        try:
+            self._check(expected_epoch)
+            self._move()
+        except BaseException:
+            self._lock(fcntl.F_UNLCK)
+            raise
+        self.held = True
+        return True
+
+    def _check(self, expected_epoch: int) -> None:
         epoch = self.epoch()
         if epoch != expected_epoch:
-            self._lock(fcntl.F_UNLCK)
             raise StateError(
                 f"the guest has run elsewhere: run token at epoch {epoch}, expected {expected_epoch}"
             )
-        os.pwrite(self._fd, _EPOCH.pack(epoch + 1), 0)
-        self.held = True
-        return True
+
+    def _move(self) -> int:
+        epoch = self.epoch() + 1
+        os.pwrite(self._fd, _EPOCH.pack(epoch), 0)
+        return epoch
+
+    def renew(self) -> int:
+        """Move the epoch of the token that is held, and return it: what others know of the guest is stale."""
+        if not self.held:
+            raise HandoverError("the run token is not held; only its holder may move the epoch")
+        return self._move()
 
     def release(self) -> None:
         """Give the token up: the commit of a handover. From here on this process may not enter KVM_RUN."""

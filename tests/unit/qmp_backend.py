@@ -40,6 +40,9 @@ class RecordingBackend:
     def cpus(self) -> list[tuple[int, int]]:
         return [(0, 937), (1, 938)]
 
+    def memory_size(self) -> int:
+        return len(self.ram)
+
     def stop(self) -> None:
         self._record("stop")
         self.running = False

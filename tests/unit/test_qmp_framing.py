@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -179,6 +180,18 @@ def test_ten_megabytes_on_a_line_are_one_error_in_bounded_memory() -> None:
         assert len(stream.export().undecoded) <= 1 << 21
     items += read(stream, b'"}{"next": 1}')
     assert items == [("error", "JSON token size limit exceeded"), {"next": 1}]
+
+
+def test_what_is_thrown_away_is_not_kept() -> None:
+    stream = JsonStream()
+    tracemalloc.start()
+    try:
+        for _ in range(50):
+            list(read(stream, b"[" * 1000))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20  # fifty thousand tokens would be 4 MB
 
 
 def test_a_value_sent_byte_by_byte_takes_linear_time() -> None:

@@ -28,6 +28,7 @@ from vmm.qmp.schema import MigrationMode, UnixSocket
 from vmm.qmp.server import ConnectionState, QmpServer, bind_unix
 
 TIMEOUT_S = 10.0
+READ_MEMORY = {"execute": "x-vmm-read-memory", "arguments": {"gpa": 0, "size": 1 << 20}}
 
 
 class Raw:
@@ -286,6 +287,15 @@ def test_a_client_that_only_asks_and_hangs_up_gets_its_answers(monitor: ServerTh
     assert messages[102] is None
 
 
+def test_who_has_hung_up_still_gets_the_largest_answer(monitor: ServerThread, raw: Raw) -> None:
+    raw.send(READ_MEMORY)
+    raw.sock.shutdown(socket.SHUT_WR)
+    wait_until(lambda: monitor.call(lambda: monitor.server.connections[0].unsent_bytes) > 0)
+    time.sleep(0.05)  # in which the end of its input is seen
+    assert len(raw.receive()["return"]["data"]) > 1 << 20
+    assert raw.receive() is None
+
+
 def test_garbage_costs_one_error_each_and_the_connection_stays(raw: Raw) -> None:
     raw.send(b"hello\n\xff\n" + b"[" * 100 + b"]" * 100 + b'{"execute": 5}')
     assert [raw.receive()["error"]["desc"] for _ in range(4)] == [
@@ -435,6 +445,19 @@ def test_a_flood_of_requests_is_held_back_in_the_socket(monitor: ServerThread, r
     raw.sock.settimeout(TIMEOUT_S)
     for _ in range(sent // len(request)):  # and once it reads, all is answered
         assert raw.receive()["id"] == "x" * 1000
+
+
+def test_large_answers_wait_for_each_other_and_not_in_memory_or_in_a_busy_loop(
+    monitor: ServerThread, raw: Raw
+) -> None:
+    raw.send(*[READ_MEMORY] * 20)
+    wait_until(lambda: monitor.call(lambda: monitor.server.connections[0].unsent_bytes) > 0)
+    begin = monitor.call(time.thread_time)
+    time.sleep(0.2)
+    assert monitor.call(time.thread_time) - begin < 0.02
+    assert monitor.call(lambda: monitor.server.connections[0].unsent_bytes) < 1_500_000
+    for _ in range(20):
+        assert len(raw.receive()["return"]["data"]) > 1 << 20
 
 
 def test_who_floods_takes_turns(monitor: ServerThread, raw: Raw, path: str) -> None:

@@ -162,6 +162,7 @@ def test_out_of_band_as_in_transcript_44(backend: RecordingBackend) -> None:
         ("query-migrate", {"status": "completed", "downtime": 2}),
         ("query-migrate-parameters", {"mode": "cpr-transfer", "x-vmm-setup-timeout": 5000}),
         ("query-migrate-capabilities", [{"state": False, "capability": "events"}]),
+        ("query-memory-size-summary", {"base-memory": 256 * 4096}),
         ("x-vmm-report", {"mode": "rebuild"}),
         ("x-vmm-guest-clock", {"tsc": 1 << 63}),
         ("x-vmm-fds", [{"name": "ram", "id": 0, "fd": 7}]),
@@ -322,6 +323,14 @@ def test_migrate_passes_the_mode_with_the_channels(session: Session, backend: Re
     assert backend.calls == [
         ("migrate", MigrationMode.CPR_TRANSFER, UnixSocket(path="/run/main"), UnixSocket(path="/run/cpr"))
     ]
+
+
+def test_migrate_in_mode_normal_is_refused(session: Session, backend: RecordingBackend) -> None:
+    backend.mode = "normal"
+    arguments = {"channels": [channel("main", "/run/main"), channel("cpr", "/run/cpr")]}
+    reply = say(session, {"execute": "migrate", "arguments": arguments})
+    assert reply["error"]["desc"].startswith("Migration mode 'normal' is not supported by this VMM")
+    assert backend.calls == []
 
 
 def test_migrate_without_main_is_an_error_and_reaches_nobody(

@@ -45,6 +45,10 @@ class Backend(Protocol):
         """(index, host thread id) of each vCPU."""
         ...
 
+    def memory_size(self) -> int:
+        """Bytes of guest RAM; 0 while there is no machine yet."""
+        ...
+
     def stop(self) -> None:
         """Pause the guest; nothing to do if it is paused."""
         ...

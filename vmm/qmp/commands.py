@@ -106,6 +106,9 @@ COMMANDS = (
     Command("query-name", NoArguments, _name),
     Command("query-kvm", NoArguments, lambda backend, _: {"enabled": True, "present": True}),
     Command("query-cpus-fast", NoArguments, _cpus),
+    Command(
+        "query-memory-size-summary", NoArguments, lambda backend, _: {"base-memory": backend.memory_size()}
+    ),
     Command("stop", NoArguments, lambda backend, _: backend.stop()),
     Command("cont", NoArguments, lambda backend, _: backend.cont()),
     Command("quit", NoArguments, lambda backend, _: backend.quit()),

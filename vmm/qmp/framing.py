@@ -121,15 +121,15 @@ class JsonStream:
         braces, brackets = _DEPTH_CHANGE.get(token, (0, 0))
         self._braces += braces
         self._brackets += brackets
-        self._size += len(text)
-        self._tokens.append((token, text))
-        excess = None if self._discarding else self._excess()
+        excess = None
+        if not self._discarding:
+            self._size += len(text)
+            self._tokens.append((token, text))
+            excess = self._excess()
         if (self._braces > 0 or self._brackets > 0) and self._braces >= 0 and self._brackets >= 0:
             if excess is not None:
                 self._discard()
                 raise JsonError(excess)
-            if self._discarding:
-                self._tokens.clear()
             return _INCOMPLETE
         tokens, discarded = self._tokens, self._discarding
         self._reset()

@@ -70,7 +70,7 @@ class Connection:
         self._unsent = bytearray(unsent)
         self._before_reply = before_reply
         self._on_end = on_end
-        self._turn: asyncio.Handle | None = None  # the next go at the requests, if one is due
+        self._turn_due = False
         self._reading = self._writing = False
         self._in_turn = False
         self._no_more_input = False
@@ -104,12 +104,11 @@ class Connection:
         self._arrange()
 
     def close(self, why: str | None = None) -> None:
-        """End it, sending first what the socket takes. A reason goes to the log, and then nothing is sent."""
+        """End it, sending first what the socket takes; a reason goes to the log."""
         if not self._serving:
             return
         if why is not None:
             log.warning("QMP: dropping the client with pid %d: %s", self.peer_pid, why)
-            self._unsent.clear()
         self._flush()
         if self._serving:  # and has not gone away meanwhile
             self._leave().close()
@@ -138,11 +137,9 @@ class Connection:
         work = self._serving and self._session.has_input and not choked
         reads = self._serving and not self._session.has_input and not choked and not self._no_more_input
         writes = self._serving and bool(self._unsent)
-        if self._turn is not None and not work:
-            self._turn.cancel()
-            self._turn = None
-        elif self._turn is None and work:
-            self._turn = self._loop.call_soon(self._take_turn)
+        if work and not self._turn_due:
+            self._turn_due = True
+            self._loop.call_soon(self._take_turn)
         if reads != self._reading:
             self._reading = reads
             if reads:
@@ -176,8 +173,8 @@ class Connection:
         self._end_if_done()
 
     def _take_turn(self) -> None:
-        """Carry out a few requests."""
-        self._turn = None
+        """Carry out a few requests; none if there is a reason by now not to."""
+        self._turn_due = False
         self._in_turn = True
         for _ in range(COMMANDS_PER_TURN):
             if not self._serving or len(self._unsent) > HIGH_WATER_BYTES:
@@ -290,9 +287,8 @@ class QmpServer:
     def emit(self, event: str, data: dict[str, Any] | None = None, at: float | None = None) -> None:
         """Send an event to every client that has negotiated. From any thread, in the order of the calls.
 
-        `at` is when it happened, in seconds since 1970; by default now. On the loop's thread it goes out at
-        once, so before the reply of the command that caused it; so do other threads' events that precede the
-        reply.
+        `at` is when it happened, in seconds since 1970; by default now. What is emitted while a command is
+        carried out goes out before its reply.
         """
         seconds, microseconds = divmod(round((time.time() if at is None else at) * 1_000_000), 1_000_000)
         message: dict[str, Any] = {
@@ -308,9 +304,7 @@ class QmpServer:
                 return
             self._events.append(encoded)
             first = len(self._events) == 1
-        if _runs_here(self._loop):
-            self._send_events()
-        elif first:
+        if first:
             self._loop.call_soon_threadsafe(self._send_events)
 
     def close(self) -> None:
@@ -422,10 +416,3 @@ def _credentials(sock: socket.socket) -> tuple[int, int]:
     """The peer's pid and uid when it connected, as the kernel has them (SO_PEERCRED)."""
     pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return pid, uid
-
-
-def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
-    try:
-        return asyncio.get_running_loop() is loop
-    except RuntimeError:
-        return False

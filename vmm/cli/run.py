@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = Options(given=values, incoming=incoming, paused=arguments.paused)
     if "name" in values:
         directory = RunDir(values["name"]).make()
-        if incoming is None and directory.qmp.exists():
+        if incoming is None and directory.lives():
             raise UsageError(
                 f"a VM named {directory.name!r} runs already; choose another name or use 'vmm handover'"
             )

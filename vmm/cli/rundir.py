@@ -9,6 +9,7 @@ machine's serial line is `unix` NAME/vmm.log        the log of VMMs started by `
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -62,6 +63,21 @@ class RunDir:
         """The monitor of this process."""
         return self.path / f"qmp-{os.getpid()}.sock"
 
+    def lives(self) -> bool:
+        """Whether a VMM listens at the VM's monitor; one that was killed leaves a socket that refuses."""
+        return _listens(self.qmp)
+
+    def tidy(self) -> None:
+        """Remove what a VMM that was killed has left: the sockets that refuse, the directory if it is
+        empty.
+        """
+        for path in self.path.glob("*.sock"):
+            if path != self.qmp and not _listens(path):
+                path.unlink(missing_ok=True)
+        if self.qmp.is_symlink() and not self.qmp.exists():
+            self.qmp.unlink(missing_ok=True)
+        self._remove_if_empty()
+
     def claim(self) -> None:
         """Make this process's monitor the VM's monitor, in one step."""
         own = self.own_qmp()
@@ -76,6 +92,9 @@ class RunDir:
         """
         if self.qmp.is_symlink() and os.readlink(self.qmp) == self.own_qmp().name:
             self.qmp.unlink()
+        self._remove_if_empty()
+
+    def _remove_if_empty(self) -> None:
         try:
             self.path.rmdir()
         except OSError:
@@ -83,20 +102,34 @@ class RunDir:
 
     def running(self) -> Path:
         """The monitor of the running VM. Raises UsageError where there is none."""
-        if not self.qmp.exists():
+        if not self.lives():
             known = ", ".join(vm.name for vm in named()) or "none"
             raise UsageError(f"no VM named {self.name!r} runs (running: {known}); see 'vmm list'")
         return self.qmp
 
 
 def named() -> list[RunDir]:
-    """Every named VM that has a monitor, by name."""
+    """Every named VM whose VMM lives, by name."""
+    return [directory for directory in directories() if directory.lives()]
+
+
+def directories() -> list[RunDir]:
+    """Every VM's directory, by name; what is no VM's is left out."""
     found = []
     for path in sorted(base().iterdir()):
         try:
-            directory = RunDir(path.name)
+            found.append(RunDir(path.name))
         except ConfigError:
             continue  # not one of ours
-        if directory.qmp.exists():
-            found.append(directory)
     return found
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True  # its backlog is full
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,236 @@
+"""`vmm handover`: a freshly started VMM takes the guest of a running one, over QMP, as an operator would do
+by hand.
+
+Everything that decides where the guest is happens in the two VMMs; this side only asks. It must never end a
+VMM that may hold the guest: the new one only where the old one says that the guest is there, the old one only
+after the new one says that it has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmm.cli.launch import POLL_S, LaunchedVmm
+from vmm.cli.target import add_target, monitor_path
+from vmm.errors import HandoverError, PeerError, VmmError
+from vmm.qmp.backend import QmpError
+from vmm.qmp.client import QmpClient
+
+TIMEOUT_S = 60.0
+CANCEL_S = 10.0  # from migrate_cancel to the old VMM's last word on it
+QUIT_S = 10.0
+ENDED = ("completed", "failed", "cancelled")
+HOLDING = ("running", "paused")  # run states in which a VMM has the guest
+
+Progress = Callable[[str], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vmm handover`."""
+    add_target(parser)
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_S,
+        metavar="S",
+        help=f"seconds in all (default {TIMEOUT_S:g})",
+    )
+    parser.add_argument("--json", action="store_true", help="print the whole report as one JSON object")
+    parser.add_argument("--python", metavar="EXE", help="the Python whose vmm takes over (default: this one)")
+
+
+@dataclass(frozen=True)
+class Handed:
+    """A handover that took place: the report of it, and the VMM that has the guest now with its monitor."""
+
+    report: dict[str, Any]
+    vmm: LaunchedVmm
+    client: QmpClient
+
+
+def unix_channel(kind: str, path: Path) -> dict[str, Any]:
+    """One of the `channels` of `migrate`."""
+    return {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": str(path)}}
+
+
+def hand_over(
+    old: QmpClient,
+    monitor: Path,
+    *,
+    name: str | None,
+    log: Path,
+    timeout_s: float = TIMEOUT_S,
+    python: str | None = None,
+    progress: Progress = lambda _: None,
+) -> Handed:
+    """Start a VMM and have the guest of `old`, whose control socket is `monitor`, move into it; end `old`.
+
+    With a `name` the new VMM's control socket is the named VM's own; without one it takes the place of
+    `monitor`. Raises a HandoverError that says what went wrong and where the guest is.
+    """
+    deadline = time.monotonic() + timeout_s
+    with tempfile.TemporaryDirectory(prefix="handover-", dir=monitor.parent) as folder:
+        main, cpr = Path(folder, "main"), Path(folder, "cpr")
+        vmm = _start(monitor, main, cpr, name=name, log=log, python=python)
+        try:
+            new = vmm.connect(deadline)
+            progress(f"started the new VMM (pid {vmm.pid})")
+            _begin(old, main, cpr)
+        except BaseException:
+            vmm.end()  # the guest has not been told of it
+            raise
+        with ExitStack() as on_error:
+            on_error.callback(new.close)
+            try:
+                _wait_ended(old, vmm, deadline)
+                report: dict[str, Any] = old.execute("x-vmm-report")
+                progress(f"the guest runs in pid {vmm.pid}; ending the old VMM (pid {report['pids']['old']})")
+                _quit(old, report["pids"]["old"])
+            except PeerError as error:
+                raise HandoverError(f"{error}; {_whereabouts(vmm, new)}") from error
+            on_error.pop_all()
+        if name is None:
+            os.replace(vmm.monitor, monitor)
+            vmm.monitor = monitor
+    return Handed(report, vmm, new)
+
+
+def _start(
+    monitor: Path, main: Path, cpr: Path, *, name: str | None, log: Path, python: str | None
+) -> LaunchedVmm:
+    """The new VMM, which waits for the old one on the two channels."""
+    addresses = [
+        "-v",
+        f"--incoming=unix:{main}",
+        f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={_keyval(cpr)}",
+    ]
+    if name is None:
+        aside = monitor.with_name(f"{monitor.name}.new")
+        return LaunchedVmm(
+            [f"--qmp=unix:{aside}", *addresses], monitor=lambda _: aside, log=log, python=python
+        )
+    return LaunchedVmm(
+        [f"--name={name}", *addresses],
+        monitor=lambda pid: monitor.with_name(f"qmp-{pid}.sock"),
+        log=log,
+        python=python,
+    )
+
+
+def _keyval(path: Path) -> str:
+    """A path as a value in QEMU's `key=value,…` form."""
+    return str(path).replace(",", ",,")
+
+
+def _begin(old: QmpClient, main: Path, cpr: Path) -> None:
+    """Have the old VMM begin. Raises HandoverError where it refuses."""
+    try:
+        events = {"capabilities": [{"capability": "events", "state": True}]}
+        old.execute("migrate-set-capabilities", events)
+        old.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
+        old.execute("migrate", {"channels": [unix_channel("main", main), unix_channel("cpr", cpr)]})
+    except QmpError as error:
+        raise HandoverError(f"the old VMM refuses: {error}; the guest stays there") from error
+
+
+def _wait_ended(old: QmpClient, vmm: LaunchedVmm, deadline: float) -> None:
+    """Wait for the handover to complete; cancel it at the deadline. Raises HandoverError where it does
+    not.
+    """
+    try:
+        _wait_event(old, deadline)
+    except (PeerError, KeyboardInterrupt) as error:
+        if isinstance(error, PeerError) and time.monotonic() < deadline:
+            raise
+        old.execute("migrate_cancel")
+        _wait_event(old, time.monotonic() + CANCEL_S)
+    outcome = old.execute("query-migrate")
+    if outcome["status"] == "completed":
+        return
+    why = outcome.get("error-desc", outcome["status"])
+    state = old.execute("query-status")["status"]
+    if state in HOLDING:
+        vmm.end()
+        raise HandoverError(f"{why}; the guest is {state} in the old VMM, as before")
+    raise HandoverError(f"{why}; the guest is not in the old VMM any more (run state {state})")
+
+
+def _wait_event(old: QmpClient, deadline: float) -> None:
+    while old.wait_event("MIGRATION", max(deadline - time.monotonic(), 0)).data["status"] not in ENDED:
+        pass
+
+
+def _whereabouts(vmm: LaunchedVmm, new: QmpClient) -> str:
+    """Where the guest is once the old VMM does not answer any more, for an error's second half."""
+    try:
+        deadline = time.monotonic() + CANCEL_S
+        while (state := new.execute("query-status")["status"]) not in HOLDING:
+            if time.monotonic() > deadline:
+                return f"the new VMM (pid {vmm.pid}) waits for it, in run state {state}"
+            time.sleep(POLL_S)
+    except VmmError:
+        return f"the new VMM has ended: {vmm.last_words()}"
+    return f"the guest is {state} in the new VMM (pid {vmm.pid})"
+
+
+def _quit(old: QmpClient, pid: int) -> None:
+    """Tell the old VMM to end, and wait until it has."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        old.execute("quit")
+        old.close()
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        if not poller.poll(QUIT_S * 1000):
+            raise HandoverError(
+                f"the guest was handed over, but the old VMM (pid {pid}) does not end; kill it"
+            )
+    finally:
+        os.close(pidfd)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Hand a VM over to the code that is installed now."""
+    path = monitor_path(arguments.name, arguments.qmp).absolute()
+    log = path.with_name("vmm.log") if arguments.name else path.with_name(f"{path.name}.log")
+    with QmpClient.connect(path) as old:
+        try:
+            handed = hand_over(
+                old,
+                path,
+                name=arguments.name,
+                log=log,
+                timeout_s=arguments.timeout,
+                python=arguments.python,
+                progress=lambda text: print(f"vmm: {text}", file=sys.stderr),
+            )
+        except HandoverError:
+            raise
+        except VmmError as error:
+            raise HandoverError(f"{error}; see {log}") from error
+    handed.client.close()
+    print(json.dumps(handed.report) if arguments.json else "\n".join(_text(handed.report)))
+    return 0
+
+
+def _text(report: dict[str, Any]) -> list[str]:
+    from vmm.report.table import milliseconds, table
+
+    rows = [[phase, milliseconds(us)] for phase, us in report["phases-us"].items()]
+    pids = report["pids"]
+    return [
+        f"handed over by {report['method']} from pid {pids['old']} to pid {pids['new']}",
+        f"the guest was paused for {milliseconds(report['pause-us'])}",
+        *table(("phase", "time"), rows),
+    ]

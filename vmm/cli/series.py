@@ -1,0 +1,299 @@
+"""A series of handovers of one guest, each to a new VMM process, with what the host and the guest saw of
+each.
+
+The VM is an ordinary named one (`vmm list`, `vmm ctl` and `vmm console` know it meanwhile); its console is
+held here from before the first instruction to after the last, over one connection. Whatever happens, no
+process and no file of the series is left behind once it is closed.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from vmm.cli.handover import hand_over
+from vmm.cli.launch import LaunchedVmm
+from vmm.cli.rundir import RunDir
+from vmm.errors import GuestCrash, HandoverError, PeerError, VmmError
+from vmm.qmp.client import QmpClient
+from vmm.report.pause import ClockPoint, Window, handover_window, largest_gap_us
+from vmm.report.results import CPU_SIZE, HEADER_SIZE, GuestState, Results, ResultsError, parse_results
+from vmm.report.ticks import Ticks
+
+START_S = 20.0
+OUTPUT_S = 10.0  # for the guest to say something; ticker does ten times a second
+END_S = 20.0
+POLL_S = 0.02
+SETTLE_S = 0.1  # after a window, for the guest to have noted the gap that it is in
+CONTROL_AFTER_S = (0.05, 0.25)  # the control window begins somewhere in here
+GUEST_ENDED_WELL = 1  # (0 << 1) | 1, the debug-exit port's code 0
+
+
+@dataclass(frozen=True)
+class Manners:
+    """How a prebuilt guest is run in a series, asked for output, and ended."""
+
+    append: str
+    ask: bytes
+    end: bytes
+
+
+GUESTS = {
+    # ticker speaks by itself; spinning, it sees every pause as a gap between two readings of its TSC
+    "ticker": Manners(append="wait=spin", ask=b"", end=b"q"),
+    "sentinel": Manners(append="", ask=b"r", end=b"x"),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One handover. Microseconds; `control_us` is of a window as long as the handover's, without one."""
+
+    report: dict[str, Any]
+    window: Window
+    guest_us: float
+    control_us: float
+
+    @property
+    def host_us(self) -> float:
+        """The pause as the host saw it."""
+        return self.window.length_ns / 1000
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What became of the guest: its own count of rounds and ticks, what was lost of those, and what was
+    wrong.
+    """
+
+    rounds: int
+    ticks: int
+    lost: int
+    errors: int
+
+
+class Console:
+    """The guest's serial line: a thread that follows it, and keys to send."""
+
+    def __init__(self, sock: socket.socket, on_line: Callable[[str], None]) -> None:
+        self.ticks = Ticks()
+        self.lines = 0
+        self._socket = sock
+        self._on_line = on_line
+        self._news = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while data := self._receive():
+            for line in self.ticks.feed(data):
+                self._on_line(line)
+                with self._news:
+                    self.lines += 1
+                    self._news.notify_all()
+        with self._news:
+            self._closed = True
+            self._news.notify_all()
+
+    def _receive(self) -> bytes:
+        try:
+            return self._socket.recv(4096)
+        except ConnectionResetError:
+            return b""
+
+    def ask(self, keys: bytes, timeout_s: float) -> None:
+        """Press keys, none where the guest speaks by itself, and wait for the next line. Raises PeerError."""
+        with self._news:
+            seen = self.lines
+            self.send(keys)
+            if not self._news.wait_for(lambda: self.lines > seen or self._closed, timeout_s):
+                raise PeerError(f"the guest said nothing for {timeout_s:g} s")
+            if self.lines == seen:
+                raise PeerError("the guest's console was closed")
+
+    def send(self, keys: bytes) -> None:
+        """Press keys. Raises PeerError where nobody is there any more."""
+        try:
+            self._socket.sendall(keys)
+        except OSError as error:
+            raise PeerError(f"the guest's console is gone: {error.strerror}") from error
+
+    def wait_closed(self, timeout_s: float) -> None:
+        """Wait for the end of the line. Raises PeerError where it does not come."""
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise PeerError(f"the guest's console is still open after {timeout_s:g} s")
+
+    def close(self) -> None:
+        """Leave."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            self._closed = True  # the VMM has left first
+        self._thread.join()
+        self._socket.close()
+
+
+class Series:
+    """A context: the guest runs from entering it to leaving it or to `finish`."""
+
+    def __init__(
+        self,
+        guest: str,
+        *,
+        memory: int,
+        cpus: int,
+        append: str | None = None,
+        on_line: Callable[[str], None] = lambda _: None,
+        on_handover: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.guest = guest
+        self.manners = GUESTS[guest]
+        self.directory = RunDir(f"series-{os.getpid()}")
+        self._memory = memory
+        self._cpus = cpus
+        self._append = self.manners.append if append is None else append
+        self._on_line = on_line
+        self._on_handover = on_handover
+        self._ticks = 0
+        self._lost = 0
+
+    def __enter__(self) -> Self:
+        self.directory.make()
+        try:
+            self._start()
+        except BaseException:
+            self._clean_up(keep_log=False)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.console.close()
+        self.client.close()
+        self._clean_up(keep_log=kind is not None and issubclass(kind, VmmError))
+
+    def _start(self) -> None:
+        directory = self.directory
+        self.vmm = LaunchedVmm(
+            [
+                self.guest,
+                "-S",
+                f"--name={directory.name}",
+                f"--memory={self._memory}",
+                f"--cpus={self._cpus}",
+                f"--append={self._append}",
+                "--serial=unix",
+            ],
+            monitor=lambda pid: directory.path / f"qmp-{pid}.sock",
+            log=directory.log,
+        )
+        try:
+            self.client = self.vmm.connect(time.monotonic() + START_S)
+            console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            console.connect(str(directory.console))
+            self.console = Console(console, self._on_line)
+            self.client.execute("cont")
+            self.results_area = self._find_results()
+        except BaseException:
+            self.vmm.end()
+            raise
+
+    def _find_results(self) -> tuple[int, int]:
+        """Where the guest keeps its results area: (gpa, bytes to read), once the guest has made it."""
+        from vmm.boot.image import find_image, load_image
+        from vmm.memory import layout
+
+        results = load_image(find_image(self.guest), ram=layout(self._memory)).results
+        assert results is not None
+        self.results_area = results[0], min(results[1], HEADER_SIZE + self._cpus * CPU_SIZE)
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                if self.results().state is GuestState.RUNNING:
+                    return self.results_area
+            except ResultsError as error:
+                if time.monotonic() > deadline:
+                    raise GuestCrash(f"{self.guest} does not start: {error}") from error
+            time.sleep(POLL_S)
+
+    def _clean_up(self, *, keep_log: bool) -> None:
+        """End the VMM that has the guest, if one still has, and remove the files."""
+        directory = self.directory
+        if directory.lives():
+            with QmpClient.connect(directory.qmp) as client:
+                client.execute("quit")
+        self.vmm.end()
+        if not keep_log:
+            directory.log.unlink(missing_ok=True)
+        directory.tidy()
+
+    # --- what the guest says ---
+
+    def results(self) -> Results:
+        """The guest's results area as it is now. Raises ResultsError."""
+        gpa, size = self.results_area
+        answer = self.client.execute("x-vmm-read-memory", {"gpa": gpa, "size": size})
+        return parse_results(base64.b64decode(answer["data"]))
+
+    def hear(self) -> None:
+        """See that the guest speaks, having asked it to. Raises PeerError."""
+        self.console.ask(self.manners.ask, OUTPUT_S)
+
+    def largest_gap_us(self, window: Window) -> float:
+        """The largest gap that the guest noted in `window`."""
+        clock = ClockPoint.from_qmp(self.client.execute("x-vmm-guest-clock"))
+        results = self.results()
+        self._lost += max(0, self._ticks - results.ticks)  # a counter that went back
+        self._ticks = results.ticks
+        return largest_gap_us(results, clock, window)
+
+    # --- the series ---
+
+    def hand_over(self) -> Step:
+        """Hand the guest over to a new VMM process, see it speak there, and measure. Raises HandoverError."""
+        old = self.vmm
+        handed = hand_over(
+            self.client,
+            self.directory.qmp,
+            name=self.directory.name,
+            log=self.directory.log,
+            progress=self._on_handover,
+        )
+        self.vmm, self.client = handed.vmm, handed.client
+        if (status := old.wait(END_S)) != 0:
+            raise HandoverError(f"the old VMM (pid {old.pid}) ended with status {status}: {old.last_words()}")
+        window = handover_window(handed.report)
+        time.sleep(SETTLE_S)
+        guest_us = self.largest_gap_us(window)
+        self.hear()
+        return Step(handed.report, window, guest_us, self.control_us(window.length_ns))
+
+    def control_us(self, length_ns: int) -> float:
+        """The largest gap in a window of the same length at a random moment without a handover."""
+        time.sleep(random.uniform(*CONTROL_AFTER_S))
+        start = time.monotonic_ns()
+        time.sleep(length_ns / 1e9 + SETTLE_S)
+        return self.largest_gap_us(Window(start, start + length_ns))
+
+    def finish(self) -> Ending:
+        """Have the guest end itself, read what it says at last, and see its VMM end as it should."""
+        before = self.results()
+        self.console.send(self.manners.end)
+        self.console.wait_closed(END_S)
+        status = self.vmm.wait(END_S)
+        ticks = self.console.ticks
+        lost, errors = self._lost + ticks.lost, before.errors + ticks.errors + (status != GUEST_ENDED_WELL)
+        if ticks.last is not None:
+            lost += max(0, before.ticks - ticks.last)
+        return Ending(before.rounds, before.ticks, lost, errors)

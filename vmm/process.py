@@ -11,35 +11,40 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any, Literal, TypeVar
 
 from vmm.cpr import incoming, outgoing
-from vmm.cpr.live import IncomingMachine, LiveIncoming, LiveOutgoing, Timeouts, refusal, run
+from vmm.cpr.live import Choice, IncomingMachine, LiveIncoming, LiveOutgoing, Timeouts, refusal, run
 from vmm.cpr.report import Report
 from vmm.cpr.token import RunToken
 from vmm.errors import GuestCrash, HandoverError, VmmError
 from vmm.fds import FdStore
-from vmm.machine.config import MachineConfig, differences, encode, from_mapping
+from vmm.machine.config import MachineConfig, decode, differences, encode, kept_config
+from vmm.machine.hypervisor import Origin
 from vmm.machine.machine import Machine
-from vmm.machine.probe import probe_received_vm
+from vmm.machine.probe import WORKS, drop_old_vm, probe_received_vm
 from vmm.machine.runstate import RunState
+from vmm.kvm import DirectPort, Port
+from vmm.kvm.keeper_port import KeeperPort
 from vmm.kvm.port import KICK
 from vmm.qmp.backend import QmpError
 from vmm.qmp.commands import COMMANDS
 from vmm.qmp.schema import MigrationMode, UnixSocket
 from vmm.qmp.server import QmpServer
+from vmm.sockets import listen
+from vmm.state import Arena
 from vmm.trace import Tracer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+UNREACHABLE_S = 2.0  # how long a keeper waits for a VMM where none can ever find it
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that computes may keep the interpreter from one that wakes up
 
 
@@ -59,6 +64,11 @@ class Options:
     config: MachineConfig | None = None
     qmp_paths: tuple[str, ...] = ()
     incoming: Incoming | None = None
+    method: Literal["auto", "adopt", "rebuild"] = "auto"
+    keeper: bool = False
+    keeper_path: str | None = None  # where the keeper listens for VMMs that come after a crash
+    orphan_timeout_s: float = 0.0
+    attach: bool = False  # take over from the keeper at `keeper_path`, whose VMM is gone
     paused: bool = False
     owned: Callable[[], None] = lambda: None  # called once this process runs the machine
     disowned: Callable[[], None] = lambda: None  # called at the end, if it still does
@@ -75,6 +85,9 @@ class _OutgoingView:
         self.quiesce = machine.quiesce
         self.roll_back = machine.roll_back
         self.gave_up = machine.gave_up
+
+    def runs_alone(self) -> bool:
+        return self._machine.hypervisor.port.outlives
 
     def describe(self) -> bytes:
         return encode(self._machine.config)
@@ -118,7 +131,9 @@ class VmmProcess:
         try:
             for path in self._options.qmp_paths:
                 self._monitor.listen_unix(path)
-            if self._options.incoming is None:
+            if self._options.attach:
+                self._attach()
+            elif self._options.incoming is None:
                 self._cold_start()
             else:
                 self._await_handover()
@@ -129,20 +144,61 @@ class VmmProcess:
     def _cold_start(self) -> None:
         config = self._options.config
         assert config is not None
+        port = self._new_port(self._fds)
         self._token = RunToken.open(self._fds)
-        self._machine = self._new_machine(config, self._fds, self._token, received=False)
+        self._machine = self._new_machine(config, self._fds, self._token, port, Origin.NEW)
         if not self._token.take(0):
             raise VmmError("a new machine's run token is held by another process")
         self._own()
         self._machine.start(paused=self._options.paused)
 
+    def _new_port(self, fds: FdStore) -> Port:
+        """A way to KVM for a VM of this process's making: through a new keeper, or directly."""
+        if not self._options.keeper:
+            return DirectPort()
+        listener = None
+        if self._options.keeper_path is not None:
+            listener = listen(self._options.keeper_path, "keeper", socket.SOCK_SEQPACKET)
+        port = KeeperPort.start(listener)
+        if listener is not None:
+            listener.close()
+        port.set_orphan_timeout(self._options.orphan_timeout_s if listener is not None else UNREACHABLE_S)
+        fds.deposit(port)
+        return port
+
+    def _attach(self) -> None:
+        """Take over from the keeper a guest whose VMM is gone."""
+        assert self._options.keeper_path is not None
+        port = KeeperPort.connect(self._options.keeper_path)
+        for row in port.table():
+            self._fds.add(row.name, row.id, row.fd)
+        port.close()
+        port = self._adopting_port(KeeperPort.connect_socket(self._options.keeper_path), self._fds)
+        config = kept_config(Arena.open(self._fds))
+        self._token = RunToken.open(self._fds)
+        self._machine = self._new_machine(config, self._fds, self._token, port, Origin.ADOPTED)
+        if not self._token.take(self._token.epoch()):
+            raise HandoverError("another VMM runs the guest; use 'vmm handover' to replace it")
+        self._machine.resume(running=not self._machine.state.paused)
+        self._fds.vault = port
+        self._own()
+
+    def _adopting_port(self, sock: socket.socket, fds: FdStore) -> KeeperPort:
+        """The port to a VM that a keeper owns; it owns its eventfds, so the store gives them up."""
+        port = KeeperPort.adopt(sock, {(name, index): fd for name, index, fd in fds.items()})
+        for name, index, _ in list(fds.items()):
+            if name in KeeperPort.OWN_NAMES:
+                fds.take(name, index)
+        return port
+
     def _new_machine(
-        self, config: MachineConfig, fds: FdStore, token: RunToken, *, received: bool
+        self, config: MachineConfig, fds: FdStore, token: RunToken, port: Port, origin: Origin
     ) -> Machine:
         return Machine(
             config,
             fds,
-            received=received,
+            port=port,
+            origin=origin,
             tracer=self._tracer,
             reactor=self._loop,
             listener=self,
@@ -169,7 +225,7 @@ class VmmProcess:
         if self._carrier is not None:
             self._carrier.join(self._timeouts.setup_s)
         if self._machine is not None:
-            self._machine.close()
+            self._machine.close(for_good=self._owner)
         if self._owner:
             self._options.disowned()
         self._monitor.close()
@@ -367,7 +423,7 @@ class VmmProcess:
         assert self._token is not None
         if self._outgoing is not None:
             self._outgoing.close()
-        self._report = Report(mode=mode.value, method="rebuild", why="")
+        self._report = Report(mode=mode.value)
         self._error = None
         world = LiveOutgoing(
             _OutgoingView(machine),
@@ -451,7 +507,6 @@ class VmmProcess:
             cpr_path=self._options.incoming.cpr_path,
             main_path=self._options.incoming.main_path,
             build=self._build_received,
-            probe=probe_received_vm,
             timeouts=self._timeouts,
             tracer=self._tracer,
             on_phase=self._on_incoming_phase,
@@ -461,19 +516,46 @@ class VmmProcess:
         self._carrier = threading.Thread(target=self._carry_in, args=(world,), name="handover", daemon=True)
         self._carrier.start()
 
-    def _build_received(self, described: bytes, fds: FdStore, token: RunToken) -> IncomingMachine:
-        try:
-            values = msgspec.json.decode(described, type=dict[str, Any])
-        except msgspec.DecodeError as error:
-            raise HandoverError(f"the old VMM's machine configuration cannot be read: {error}") from error
-        config = from_mapping(values, "the old VMM's machine")
+    def _build_received(
+        self, described: bytes, fds: FdStore, token: RunToken
+    ) -> tuple[IncomingMachine, Choice]:
+        config = decode(described, "the old VMM's machine")
         differing = differences(self._options.given, config)
         if differing:
             raise refusal(differing)
+        choice = self._choose(fds)
         self._token = token
-        machine = self._new_machine(config, fds, token, received=True)
+        if choice.method == "rebuild":
+            drop_old_vm(fds)
+            machine = self._new_machine(config, fds, token, self._new_port(fds), Origin.REBUILT)
+        elif choice.probe == WORKS:
+            machine = self._new_machine(config, fds, token, DirectPort(), Origin.ADOPTED)
+        else:
+            keeper = fds.take("keeper")
+            assert keeper is not None
+            port = self._adopting_port(socket.socket(fileno=keeper), fds)
+            machine = self._new_machine(config, fds, token, port, Origin.ADOPTED)
         self._machine = machine
-        return machine
+        return machine, choice
+
+    def _choose(self, fds: FdStore) -> Choice:
+        """Adopt or rebuild: by what the kernel says, what there is, and what was asked for."""
+        probe = probe_received_vm(fds)
+        received = fds.find("vm") is not None
+        wanted = self._options.method
+        kept = fds.find("keeper") is not None
+        if wanted == "rebuild":
+            return Choice("rebuild", "asked for", received, probe)
+        if probe == WORKS:
+            return Choice("adopt", "the kernel lets this process drive the VM", received, probe)
+        if kept:
+            return Choice("adopt", f"the kernel says {probe}; the keeper drives the VM", received, probe)
+        if wanted == "adopt":
+            raise HandoverError(
+                f"adopt was asked for, but the kernel says {probe} and the VM has no keeper; "
+                "start the guest with a keeper, or use rebuild"
+            )
+        return Choice("rebuild", f"the kernel says {probe}, and there is no keeper", received, probe)
 
     def _on_incoming_phase(self, phase: incoming.Phase, error: str | None) -> None:
         self._error = error
@@ -491,6 +573,10 @@ class VmmProcess:
 
     def _received(self) -> None:
         self._tracer.role = "old"
+        assert self._machine is not None
+        port = self._machine.hypervisor.port
+        if isinstance(port, KeeperPort):
+            self._fds.vault = port
         self._own()
         if self._error is None:
             log.info("the guest runs here")

@@ -43,14 +43,16 @@ class Ask:
 async def ask(step: str) -> str:
     """How `step` ended; raises where it ended in an error."""
     label = await Ask(step)
-    if label in ERRORS:
-        raise ERRORS[label]()
+    if (make_error := ERRORS.get(label)) is not None:
+        error = make_error()
+        raise error
     return label
 
 
 class Position(NamedTuple):
     """Where a coroutine stands: one entry a frame, and the step it waits for (None: it has ended)."""
 
+    phase: Enum | None
     frames: tuple[Hashable, ...]
     step: str | None
     raised: str | None = None  # the exception that nobody caught
@@ -131,18 +133,18 @@ class Automaton:
                 world.entered.clear()
                 asked = coroutine.send(label)
         except StopIteration:
-            return Position((world.phase,), None), tuple(world.entered)
-        except Exception as error:
-            return Position((world.phase,), None, f"{type(error).__name__}: {error}"), tuple(world.entered)
+            return Position(world.phase, (), None), tuple(world.entered)
+        except Exception as error:  # noqa: BLE001 - whatever nobody caught is what the rules ask for
+            return Position(world.phase, (), None, f"{type(error).__name__}: {error}"), tuple(world.entered)
         try:
-            return Position((world.phase, *_frames(coroutine)), asked.step), tuple(world.entered)
+            return Position(world.phase, _frames(coroutine), asked.step), tuple(world.entered)
         finally:
             coroutine.close()
 
 
-def _frames(coroutine: Any) -> list[Hashable]:
+def _frames(coroutine: Any) -> tuple[Hashable, ...]:
     found = []
     while getattr(coroutine, "cr_frame", None) is not None:
         found.append(_frame(coroutine.cr_frame))
         coroutine = coroutine.cr_await
-    return found
+    return tuple(found)

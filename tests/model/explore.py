@@ -1,5 +1,5 @@
-"""Every interleaving of the two coroutines with every crash, lost connection, timeout, failure and cancel, and
-the rules that must hold in each of the worlds met.
+"""Every interleaving of the two coroutines with every crash, stop, lost connection, timeout, failure and
+cancel, and the rules that must hold in each of the worlds met.
 
 The search is breadth first over `(position of old, position of new, world)`, so the story that is told of a
 broken rule is a shortest one.
@@ -44,7 +44,8 @@ class Variant:
     outgoing_world: Callable[[], ModelOutgoing] = ModelOutgoing
     incoming_world: Callable[[], ModelIncoming] = ModelIncoming
     steps: dict[str, Step] | None = None  # in place of those of STEPS
-    faults: bool = True  # without: no crash, loss, cancel, timeout or failure
+    faults: bool = True  # without: no crash, stop, loss, cancel, timeout or failure
+    lock_dies_with_holder: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,21 @@ class Result:
     violations: dict[str, list[str]]  # rule -> a shortest story that breaks it
     ends: dict[tuple[str, str, str], int]
 
+    def summary(self) -> str:
+        """All of it in a few lines."""
+        counts = f"{self.states} states, {self.transitions} transitions, {sum(self.positions)} positions"
+        lines = [f"{counts}; {len(self.violations)} violations"]
+        lines += [
+            f"{count:7} ends: old {old:9}  new {new:9}  guest: {where}"
+            for (old, new, where), count in sorted(self.ends.items())
+        ]
+        for rule, story in self.violations.items():
+            lines += [f"VIOLATED: {rule}", *(f"    {step}" for step in story)]
+        return "\n".join(lines)
 
-FAULTS = frozenset({"timeout", "failed", "broken", "cancelled"})
+
+UNRELIABLE = frozenset({"failed", "broken"})
+FAULTS = UNRELIABLE | {"timeout", "cancelled"}
 
 
 class Explorer:
@@ -67,6 +81,7 @@ class Explorer:
     def __init__(self, variant: Variant) -> None:
         self._steps = STEPS | (variant.steps or {})
         self._faults = variant.faults
+        self._lock_dies = variant.lock_dies_with_holder
 
         def start_old() -> tuple[ModelOutgoing, Coroutine[Any, Any, Any]]:
             world = variant.outgoing_world()
@@ -99,7 +114,8 @@ class Explorer:
                 if after not in came_from:
                     came_from[after] = (node, name)
                     todo.append(after)
-                backwards.setdefault(after, []).append(node)
+                if name[0] != "!":
+                    backwards.setdefault(after, []).append(node)
             if _is_settled(node):
                 settled.append(node)
                 ends[_end(node)] = ends.get(_end(node), 0) + 1
@@ -108,29 +124,35 @@ class Explorer:
             elif not any(name[0] != "!" for name, _ in moves):
                 violations.setdefault(f"{_waiting(node)} for ever", node)
         for node in _cannot_end(came_from, backwards, settled):
-            if node.world.violation is None:
+            if node.world.violation is None and not _is_undecided(node):
                 violations.setdefault(f"{_waiting(node)} without any way to an end", node)
         stories = {rule: _story(came_from, node) for rule, node in violations.items()}
         positions = (self._automata[OLD].positions, self._automata[NEW].positions)
         return Result(len(came_from), transitions, positions, stories, ends)
 
     def _moves(self, node: Node) -> Iterator[tuple[str, Node]]:
-        """Everything that can happen next. A name that begins with `!` is a fault from outside: nothing may
-        rely on it.
-        """
+        """Everything that can happen next. What begins with `!` may, but nothing may rely on it."""
         world = node.world
+        if not any(_can_act(world, side) for side in (OLD, NEW)):
+            return  # there is nobody left to do anything wrong
         for side in (OLD, NEW):
             if not world.alive[side]:
                 yield from self._dying(node, side)
                 continue
             position = node.positions[side]
-            if position.step is not None:
+            active = position.step is not None and not world.stopped[side]
+            if position.step is not None and active:
                 for label, after in self._steps[position.step](world, side):
                     if self._faults or label not in FAULTS:
-                        yield f"{NAMES[side]}: {position.step} {label}", self._stepped(node, side, label, after)
+                        mark = "! " if label in UNRELIABLE else ""
+                        name = f"{mark}{NAMES[side]}: {position.step} {label}"
+                        yield name, self._stepped(node, side, label, after)
             if self._faults:
-                yield f"! {NAMES[side]} is killed", Node(node.positions, _killed(world, side))
-                if not world.cancel[side] and position.step is not None and not (side == OLD and world.committed):
+                yield f"! {NAMES[side]} is killed", _ended(node, side, _killed(world, side))
+                if active:
+                    stopped = world._replace(stopped=put(world.stopped, side, True))
+                    yield f"! {NAMES[side]} is stopped", _ended(node, side, stopped)
+                if active and not world.cancel[side] and not (side == OLD and world.committed):
                     cancelled = world._replace(cancel=put(world.cancel, side, True))
                     yield f"! {NAMES[side]} is cancelled", Node(node.positions, cancelled)
         if self._faults:
@@ -147,7 +169,7 @@ class Explorer:
             yield f"{NAMES[side]}'s sockets are closed", Node(node.positions, after)
         if not world.let_go[side]:
             after = world._replace(let_go=put(world.let_go, side, True))
-            if world.holder == side:
+            if world.holder == side and self._lock_dies:
                 after = after._replace(holder=None)
             yield f"{NAMES[side]}'s locks are dropped", Node(node.positions, after)
 
@@ -161,21 +183,48 @@ class Explorer:
         return Node(put(node.positions, side, transition.to), world)
 
 
+def _ended(node: Node, side: int, world: World) -> Node:
+    """`side` will never act again: forget all that only its acts could depend on."""
+    return Node(
+        put(node.positions, side, Position(None, (), None)),
+        world._replace(
+            copy=put(world.copy, side, None),
+            expected=put(world.expected, side, 0),
+            cancel=put(world.cancel, side, False),
+        ),
+    )
+
+
 def _killed(world: World, side: int) -> World:
     orphaned = side == OLD and world.stated and world.moved_by is None
     return world._replace(
         alive=put(world.alive, side, False),
+        stopped=put(world.stopped, side, False),
         guest=put(world.guest, side, False),
         orphaned=world.orphaned or orphaned,
     )
 
 
+def _can_act(world: World, side: int) -> bool:
+    return world.alive[side] and not world.stopped[side]
+
+
 def _is_settled(node: Node) -> bool:
     world = node.world
+    if not any(_can_act(world, side) for side in (OLD, NEW)):
+        return True
     return all(
         node.positions[side].step is None if world.alive[side] else world.hung_up[side] and world.let_go[side]
         for side in (OLD, NEW)
     )
+
+
+def _is_undecided(node: Node) -> bool:
+    """The one wait that only the new VMM can end, by going on or by dying: it was stopped with the lock, before
+    it moved the epoch. Nobody else may run the guest then.
+    """
+    world = node.world
+    return world.stopped[NEW] and world.holder == NEW and world.epoch == world.expected[OLD]
 
 
 def _rules_on_entering(phase: Any, with_error: bool, world: World) -> Iterator[str]:
@@ -197,24 +246,32 @@ def _rules_on_entering(phase: Any, with_error: bool, world: World) -> Iterator[s
 
 
 def _rules_at_the_end(node: Node) -> Iterator[str]:
-    """Never none: where one side lives and the other has not taken the guest to its grave, it has the guest."""
+    """Never none: where one side can act and the other has not taken the guest with it, it has the guest. (A
+    stopped VMM may have it; that is settled when it goes on, or dies.)
+    """
     world = node.world
-    if all(world.alive):
+    old, new = (_can_act(world, side) for side in (OLD, NEW))
+    if old and new:
         if not any(world.guest):
             yield "both VMMs live and neither has the guest"
-    elif world.alive[OLD]:
+    elif old:
         if not world.guest[OLD] and world.moved_by != NEW:
-            yield "the new VMM died before it took the guest, and the old one does not have it"
-    elif world.alive[NEW] and not world.guest[NEW]:
+            yield "the new VMM ended before it took the guest, and the old one does not have it"
+    elif new and not world.guest[NEW]:
         if world.moved_by == NEW:
             yield "the new VMM took the guest, lives, and does not have it"
         elif world.orphaned and not world.excused:
             yield "the old VMM died with the whole state handed over, and the new one does not run the guest"
+        elif world.stopped[OLD] and world.holder is None and not world.excused:
+            yield "the old VMM released the token, and the new one does not run the guest"
 
 
 def _end(node: Node) -> tuple[str, str, str]:
     def side(at: int) -> str:
-        return node.positions[at].frames[0].value if node.world.alive[at] else "dead"  # type: ignore[attr-defined]
+        phase = node.positions[at].phase
+        if phase is not None:
+            return str(phase.value)
+        return "stopped" if node.world.alive[at] else "dead"
 
     where = [NAMES[at] for at in (OLD, NEW) if node.world.guest[at]]
     return side(OLD), side(NEW), where[0] if where else "nobody"

@@ -7,8 +7,9 @@
 
 `STEPS` maps each step to a function that lists how it may end in a given world: `(label, world after it)`;
 an empty list: it has to wait. The labels are those of `automaton.ERRORS`, or values. A wait may time out at
-any moment, since a deadline knows nothing of what the other side is doing: so a slow or stopped process needs
-no further treatment.
+any moment, since a deadline knows nothing of what the other side is doing: so a slow process needs no further
+treatment, nor one that is stopped and continued. A guest that is handed over paused differs in nothing: who
+has it may run it at any time.
 
 What is assumed: a process that has begun to die drops its lock while the others still ask for it (they do so
 for `vmm.cpr.live.TOKEN_TRIES` turns).
@@ -64,6 +65,7 @@ class World(NamedTuple):
     alive: tuple[bool, bool] = (True, True)
     hung_up: tuple[bool, bool] = (False, False)  # a dead process's sockets are closed
     let_go: tuple[bool, bool] = (False, False)  # a dead process's lock is dropped
+    stopped: tuple[bool, bool] = (False, False)  # SIGSTOP, for good
     holder: int | None = OLD
     epoch: int = 1
     cpr: Channel = Channel()
@@ -71,9 +73,12 @@ class World(NamedTuple):
     listening: bool = False  # the new side, on main
     cancel: tuple[bool, bool] = (False, False)
     committed: bool = False  # migrate_cancel does nothing any more
-    guest: tuple[bool, bool] = (True, False)  # who runs the guest, or keeps it paused where it was paused
+    guest: tuple[bool, bool] = (True, False)  # who runs the guest, or keeps it paused
     progress: int = 0  # how often the guest was let go
-    copy: tuple[int | None, int | None] = (None, None)  # the progress that each side's stopped copy stands for
+    copy: tuple[int | None, int | None] = (
+        None,
+        None,
+    )  # the progress that a side's copy stands for
     saved: int | None = None  # the progress that the state memfd stands for
     expected: tuple[int, int] = (1, 1)  # the epoch that each side expects
     moved_by: int | None = None  # who moved the epoch last
@@ -107,7 +112,7 @@ Step = Callable[[World, int], Outcomes]
 
 
 def own_failures(world: World, side: int, *labels: str) -> Outcomes:
-    """`labels`, each a failure of `side`'s own; `cancelled` where that was asked for and is still possible."""
+    """`labels`, each a failure of `side`'s own; `cancelled` where that was asked for and is possible."""
     possible = [label for label in labels if label != "cancelled" or may_cancel(world, side)]
     return [(label, world.excuse(side)) for label in possible]
 
@@ -204,7 +209,11 @@ def wait_ready(world: World, side: int) -> Outcomes:
     failures = own_failures(world, side, "timeout", "broken", "cancelled")
     if world.cpr.inbox[side]:
         return [("refused", world), *failures]
-    return failures if all(world.cpr.open) else [("ok", world.with_channel("cpr", world.cpr.close(side))), *failures]
+    return (
+        failures
+        if all(world.cpr.open)
+        else [("ok", world.with_channel("cpr", world.cpr.close(side))), *failures]
+    )
 
 
 def connect_main(world: World, side: int) -> Outcomes:
@@ -348,7 +357,7 @@ class ModelOutgoing(OracleWorld):
     async def ask_token(self) -> TokenVerdict:
         """As `LiveOutgoing.ask_token`, in the steps that another process can come between."""
         if await ask("look_at_epoch") == "moved":
-            return TokenVerdict.RUNS_THERE if await ask("outlast") == "held" else TokenVerdict.LOST
+            return TokenVerdict.TAKEN if await ask("outlast") == "held" else TokenVerdict.LOST
         if await ask("try_once") == "held":
             return TokenVerdict.UNDECIDED
         return TokenVerdict.MINE if await ask("check_epoch") == "same" else TokenVerdict.LOST

@@ -11,8 +11,6 @@ import array
 import os
 import select
 import socket
-import stat
-import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -20,9 +18,8 @@ from typing import Any
 
 from vmm.cpr.protocol import FDS_PER_BATCH, HEADER, MOST_FDS, Message, decode_body, decode_header, encode
 from vmm.errors import ConfigError, HandoverError, PeerError, StateError
+from vmm.sockets import check_peer, listen, peer
 
-_UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
-LONGEST_PATH = 107  # sockaddr_un.sun_path without its NUL
 
 
 class Cancelled(HandoverError):
@@ -65,49 +62,16 @@ class CancelSwitch:
         os.close(self.fd)
 
 
-def check_path(path: str) -> str:
-    """`path`, where it fits a sockaddr_un; ConfigError otherwise."""
-    if not path or len(os.fsencode(path)) > LONGEST_PATH:
-        raise ConfigError(
-            f"socket path {path!r} is empty or longer than {LONGEST_PATH} bytes; use a shorter one"
-        )
-    return path
-
-
-def peer(sock: socket.socket) -> tuple[int, int]:
-    """`(pid, uid)` of the process at the other end of a connected UNIX socket (SO_PEERCRED)."""
-    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return pid, uid
-
-
-def check_peer(sock: socket.socket) -> int:
-    """The peer's pid. Raises PeerError where it runs as another user (root excepted)."""
-    pid, uid = peer(sock)
-    if uid not in (os.geteuid(), 0):
-        raise PeerError(f"the peer, process {pid}, runs as uid {uid}, not as uid {os.geteuid()}; refused")
-    return pid
-
-
 class Listener:
     """A listening UNIX socket, mode 0600; its file goes when it is closed."""
 
     def __init__(self, path: str) -> None:
         """Bind and listen. A file left by a dead listener is replaced, a live listener is an error."""
-        self.path = check_path(path)
-        self._sock = socket.socket(
-            socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        )
+        self.path = path
         try:
-            _remove_stale(path)
-            mask = os.umask(0o177)
-            try:
-                self._sock.bind(path)
-            finally:
-                os.umask(mask)
-            self._sock.listen(1)
-        except OSError as error:
-            self._sock.close()
-            raise HandoverError(f"cannot listen on {path}: {error.strerror}") from error
+            self._sock = listen(path, "handover")
+        except ConfigError as error:
+            raise HandoverError(str(error)) from error
 
     def accept(self, timeout_s: float | None, cancel: CancelSwitch) -> Channel:
         """The first peer of the same user. Raises PeerError at the deadline, Cancelled."""
@@ -119,7 +83,7 @@ class Listener:
             except (BlockingIOError, ConnectionAbortedError):
                 continue
             try:
-                check_peer(sock)
+                check_peer(sock, "handover")
             except PeerError:
                 sock.close()
                 continue
@@ -135,28 +99,12 @@ class Listener:
                 return  # somebody cleaned up first; the aim is reached
 
 
-def _remove_stale(path: str) -> None:
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise HandoverError(f"cannot listen on {path}: a file that is not a socket is there")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise HandoverError(f"cannot listen on {path}: another process listens there")
-
-
 def connect(path: str, cancel: CancelSwitch) -> Channel:
     """A channel to the listener at `path`. Raises PeerError with QEMU's text where there is none."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         sock.connect(path)
-        check_peer(sock)
+        check_peer(sock, "handover")
     except OSError as error:
         sock.close()
         raise PeerError(f"Failed to connect to '{path}': {error.strerror}") from error

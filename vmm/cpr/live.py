@@ -27,12 +27,12 @@ from vmm.cpr.protocol import (
     FdEntry,
     Offer,
     Prepared,
+    Ready,
     Refuse,
     Running,
     State,
     TraceEvent,
     expect,
-    unexpected,
 )
 from vmm.cpr.report import Report
 from vmm.cpr.token import RunToken
@@ -71,14 +71,27 @@ class OutgoingMachine(Protocol):
     def fd_table(self) -> list[tuple[str, int, int]]:
         """`(name, id, fd)` of all that is to be sent."""
 
-    def quiesce(self) -> bool:
-        """Stop the guest and store its state; whether it was running."""
+    def quiesce(self, *, keep_running: bool) -> bool:
+        """Stop the guest and store its state, or let its vCPUs run on by themselves; whether it was running."""
+
+    def runs_alone(self) -> bool:
+        """Whether its vCPUs can run on without a VMM."""
 
     def roll_back(self) -> None:
         """Undo `quiesce`."""
 
     def gave_up(self) -> None:
         """The guest is gone for good."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the machine was received, and why so: `adopt` or `rebuild`, and the kernel's answer on the VM fd."""
+
+    method: str
+    why: str
+    received: bool
+    probe: str
 
 
 class IncomingMachine(Protocol):
@@ -153,7 +166,6 @@ class LiveOutgoing:
         offer = Offer(
             release=__version__,
             mode=self.report.mode,
-            method=self.report.method,
             machine=msgspec.Raw(self._machine.describe()),
             fds=[FdEntry(name, index) for name, index, _ in table],
         )
@@ -162,9 +174,13 @@ class LiveOutgoing:
 
     async def wait_ready(self) -> None:
         assert self._cpr is not None
-        message = self._cpr.wait_hang_up(self._timeouts.setup_s)
-        if message is not None:
-            raise unexpected(message, "a hang-up")
+        message, fds = self._cpr.receive(self._timeouts.setup_s)
+        _close_all(fds)
+        ready = expect(message, Ready)
+        if self._cpr.wait_hang_up(self._timeouts.setup_s) is not None:
+            raise StateError("the new VMM said ready and went on talking")
+        self.report.method, self.report.why = ready.method, ready.why
+        self.report.vm_fd_received, self.report.vm_fd_probe = ready.received, ready.probe
         self._cpr.close()
         self._cpr = None
 
@@ -173,7 +189,8 @@ class LiveOutgoing:
         self._tracer.mark("main-connected")
 
     async def pause(self) -> None:
-        self._was_running = self._machine.quiesce()
+        keep_running = self.report.method == "adopt" and self._machine.runs_alone()
+        self._was_running = self._machine.quiesce(keep_running=keep_running)
 
     async def send_state(self) -> None:
         self._channel.send(State(self._epoch, self._was_running), (), self._timeouts.prepare_s)
@@ -204,8 +221,6 @@ class LiveOutgoing:
         _close_all(fds)
         running = expect(message, Running)
         self.report.new_pid = running.pid
-        self.report.vm_fd_received = running.received
-        self.report.vm_fd_probe = running.probe
         self.report.add(Event(event.name, event.ns, "new", running.pid) for event in running.events)
 
     async def keep_token(self) -> None:
@@ -228,7 +243,7 @@ class LiveOutgoing:
             if not self._token.held_elsewhere():
                 return TokenVerdict.LOST
             time.sleep(NAP_S)
-        return TokenVerdict.RUNS_THERE
+        return TokenVerdict.TAKEN
 
     async def nap(self) -> None:
         time.sleep(NAP_S)  # noqa: ASYNC251 -- this world has a thread of its own
@@ -263,8 +278,7 @@ class LiveIncoming:
         *,
         cpr_path: str,
         main_path: str,
-        build: Callable[[bytes, FdStore, RunToken], IncomingMachine],
-        probe: Callable[[FdStore], str],
+        build: Callable[[bytes, FdStore, RunToken], tuple[IncomingMachine, Choice]],
         timeouts: Timeouts,
         tracer: Tracer,
         on_phase: Callable[[incoming.Phase, str | None], None],
@@ -277,7 +291,6 @@ class LiveIncoming:
         self.machine: IncomingMachine | None = None
         self._main_path = main_path
         self._build = build
-        self._probe = probe
         self._timeouts = timeouts
         self._tracer = tracer
         self._on_phase = on_phase
@@ -287,7 +300,7 @@ class LiveIncoming:
         self._main: Channel | None = None
         self._offer: Offer | None = None
         self._state: State | None = None
-        self._probed = "not received"
+        self._choice: Choice | None = None
 
     def enter(self, phase: incoming.Phase, error: str | None = None) -> None:
         incoming.check_transition(self.phase, phase)
@@ -313,14 +326,16 @@ class LiveIncoming:
 
     async def build(self) -> None:
         assert self._offer is not None
-        self._probed = self._probe(self.fds)
         self.token = RunToken.open(self.fds)
-        self.machine = self._build(bytes(self._offer.machine), self.fds, self.token)
+        self.machine, self._choice = self._build(bytes(self._offer.machine), self.fds, self.token)
         self._tracer.mark("built")
 
     async def listen_main(self) -> None:
         assert self._cpr is not None
+        assert self._choice is not None
         self._main_listener = Listener(self._main_path)
+        choice = self._choice
+        self._cpr.send(Ready(choice.method, choice.why, choice.received, choice.probe))
         self._cpr.close()
         self._cpr = None
 
@@ -366,7 +381,7 @@ class LiveIncoming:
         assert self._main is not None
         events = [TraceEvent(event.name, event.ns) for event in self._tracer]
         try:
-            self._main.send(Running(os.getpid(), self._probed, True, events), (), self._timeouts.commit_s)
+            self._main.send(Running(os.getpid(), events), (), self._timeouts.commit_s)
         finally:
             self._main.close()
             self._main = None

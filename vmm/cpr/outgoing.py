@@ -79,7 +79,7 @@ class TokenVerdict(Enum):
     """What the run token says after the commit, when the new VMM's last word is missing."""
 
     MINE = "taken back: the guest has not moved"
-    RUNS_THERE = "held by the new VMM, which runs the guest"
+    TAKEN = "held by the new VMM, which has the guest"
     UNDECIDED = "held by the new VMM, which has not run the guest yet"
     LOST = "free, and the guest has run elsewhere: the new VMM died with it"
 
@@ -190,8 +190,8 @@ async def _arbitrate(world: OutgoingWorld, error: Exception) -> Phase:
         world.enter(Phase.FAILED, f"{error}; the guest had not moved and runs here again")
         return Phase.FAILED
     await world.give_up()
-    if verdict is TokenVerdict.RUNS_THERE:
-        world.enter(Phase.COMPLETED, f"the new VMM runs the guest, but did not confirm it: {error}")
+    if verdict is TokenVerdict.TAKEN:
+        world.enter(Phase.COMPLETED, f"the new VMM took the guest, but did not confirm that it runs: {error}")
         return Phase.COMPLETED
     world.enter(Phase.LOST, f"the new VMM took the guest and ended: {error}")
     return Phase.LOST

@@ -4,7 +4,7 @@ bounded.
     old VMM                         cpr channel                          new VMM
                                                                          listens
     connects          ──  Offer (configuration, fd table) + fds  ──▶     maps RAM, builds the machine
-                      ◀──  Refuse (reason)   or   hang-up: ready ──      listens on main
+                      ◀──  Refuse (reason)   or   Ready, hang-up ──      listens on main
                                     main channel
     connects, pauses  ──  State (epoch, was it running?)         ──▶     loads the state
                       ◀──  Prepared   or   Refuse                ──
@@ -55,7 +55,6 @@ class Offer(Message, frozen=True, tag="offer"):
 
     release: str
     mode: str
-    method: str
     machine: msgspec.Raw
     fds: list[FdEntry]
 
@@ -64,6 +63,17 @@ class Refuse(Message, frozen=True, tag="refuse"):
     """New to old: this will not work, and why. The old VMM keeps the guest."""
 
     reason: str
+
+
+class Ready(Message, frozen=True, tag="ready"):
+    """New to old, on cpr, before it hangs up: built and listening. `method` is `adopt` or `rebuild`; `probe` is
+    the kernel's answer on the VM fd that came, `why` how the one follows from the other.
+    """
+
+    method: str
+    why: str
+    received: bool
+    probe: str
 
 
 class State(Message, frozen=True, tag="state"):
@@ -98,12 +108,10 @@ class Running(Message, frozen=True, tag="running"):
     """New to old: the guest is mine. With its part of the report."""
 
     pid: int
-    probe: str
-    received: bool
     events: list[TraceEvent]
 
 
-AnyMessage = Offer | Refuse | State | Prepared | Commit | Cancel | Running
+AnyMessage = Offer | Refuse | Ready | State | Prepared | Commit | Cancel | Running
 _decoder = msgspec.json.Decoder(AnyMessage)
 _encoder = msgspec.json.Encoder()
 M = TypeVar("M", bound=Message)

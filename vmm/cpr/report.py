@@ -34,8 +34,8 @@ class Report:
     """One handover, from the side that has the whole story (the old VMM once it completed)."""
 
     mode: str
-    method: str
-    why: str
+    method: str = "not chosen"
+    why: str = ""
     old_pid: int = field(default_factory=os.getpid)
     new_pid: int | None = None
     vm_fd_received: bool = False
@@ -68,6 +68,13 @@ class Report:
         """From `migrate` to the end."""
         return self._between(TOTAL)
 
+    @property
+    def driven(self) -> str:
+        """By whom the received VM fd is driven on: the new VMM itself, the keeper, or nobody (rebuilt)."""
+        if self.method != "adopt":
+            return "nobody"
+        return "vmm" if self.vm_fd_probe == "ok" else "keeper"
+
     def as_query_migrate(self) -> dict[str, Any]:
         """The fields that QEMU's `query-migrate` adds to a completed migration; milliseconds, and no RAM was
         copied.
@@ -91,7 +98,11 @@ class Report:
             "outcome": self.outcome,
             "error": self.error,
             "pids": {"old": self.old_pid, "new": self.new_pid},
-            "vm-fd": {"received": self.vm_fd_received, "probe": self.vm_fd_probe},
+            "vm-fd": {
+                "received": self.vm_fd_received,
+                "probe": self.vm_fd_probe,
+                "driven": self.driven,
+            },
             "pause-us": None if pause is None else pause / 1000,
             "phases-us": {name: ns / 1000 for name, ns in self.phases_ns().items()},
             "events": [{"name": e.name, "ns": e.ns, "role": e.role, "pid": e.pid} for e in self.events],

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from vmm.errors import StateError, VmmError
 
@@ -45,7 +46,13 @@ EXPECTED_KINDS: dict[str, frozenset[FdKind]] = {
     "token": frozenset({FdKind.MEMFD}),
     "vm": frozenset({FdKind.KVM_VM}),
     "vcpu": frozenset({FdKind.KVM_VCPU}),
+    "fresh": frozenset({FdKind.MEMFD}),
     "irqfd": frozenset({FdKind.EVENTFD}),
+    "kvm": frozenset({FdKind.CHARACTER}),
+    "keeper": frozenset({FdKind.SOCKET}),
+    "kvm-slots": frozenset({FdKind.MEMFD}),
+    "kvm-go": frozenset({FdKind.EVENTFD}),
+    "kvm-done": frozenset({FdKind.EVENTFD}),
     "serial": STREAMS,
     "serial-out": STREAMS,
     "serial-listen": frozenset({FdKind.SOCKET}),
@@ -132,13 +139,24 @@ def sealed_memfd(name: str, size: int, flags: int = 0) -> int:
     return fd
 
 
+class Vault(Protocol):
+    """Another process that holds a copy of every fd, for whoever comes after this one."""
+
+    def store(self, name: str, index: int, fd: int) -> None:
+        """Hold a copy of `fd` under that name."""
+
+    def drop(self, name: str, index: int) -> None:
+        """Close that copy."""
+
+
 class FdStore:
     """Maps `(name, id)` to an fd and owns closing it. Not thread-safe: used by the main thread and before
-    vCPUs run.
+    vCPUs run. Where there is a `vault`, what changes here changes there too.
     """
 
     def __init__(self) -> None:
         self._fds: dict[tuple[str, int], int] = {}
+        self.vault: Vault | None = None
 
     def __len__(self) -> int:
         return len(self._fds)
@@ -151,6 +169,8 @@ class FdStore:
         """Take ownership of `fd`. A name that is taken is an error in the caller."""
         if (name, index) in self._fds:
             raise VmmError(f"fd {name}/{index} exists already")
+        if self.vault is not None:
+            self.vault.store(name, index, fd)
         self._fds[name, index] = fd
         return fd
 
@@ -172,7 +192,10 @@ class FdStore:
 
     def take(self, name: str, index: int = 0) -> int | None:
         """Give up ownership of that fd without closing it; None where there is none."""
-        return self._fds.pop((name, index), None)
+        fd = self._fds.pop((name, index), None)
+        if fd is not None and self.vault is not None:
+            self.vault.drop(name, index)
+        return fd
 
     def remove(self, name: str, index: int = 0) -> None:
         """Close that fd and forget it; nothing happens where there is none."""
@@ -180,8 +203,14 @@ class FdStore:
         if fd is not None:
             os.close(fd)
 
+    def deposit(self, vault: Vault) -> None:
+        """Have `vault` hold everything that is here and all that changes from here on."""
+        for name, index, fd in self.items():
+            vault.store(name, index, fd)
+        self.vault = vault
+
     def close(self) -> None:
-        """Close every fd."""
+        """Close every fd. What a vault holds stays there."""
         while self._fds:
             _, fd = self._fds.popitem()
             os.close(fd)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import socket
 import sys
 import threading
 import time
@@ -28,23 +27,19 @@ from vmm.fds import FdStore
 from vmm.machine.config import MachineConfig, decode, differences, encode, kept_config
 from vmm.machine.hypervisor import Origin
 from vmm.machine.machine import Machine
+from vmm.machine.ports import Port, adopt_from_keeper, direct_port, find_keeper, has_keeper, start_keeper
 from vmm.machine.probe import WORKS, drop_old_vm, probe_received_vm
 from vmm.machine.runstate import RunState
-from vmm.kvm import DirectPort, Port
-from vmm.kvm.keeper_port import KeeperPort
-from vmm.kvm.port import KICK
 from vmm.qmp.backend import QmpError
 from vmm.qmp.commands import COMMANDS
 from vmm.qmp.schema import MigrationMode, UnixSocket
 from vmm.qmp.server import QmpServer
-from vmm.sockets import listen
 from vmm.state import Arena
 from vmm.trace import Tracer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-UNREACHABLE_S = 2.0  # how long a keeper waits for a VMM where none can ever find it
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that computes may keep the interpreter from one that wakes up
 
 
@@ -124,7 +119,6 @@ class VmmProcess:
         and a log line.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK})
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._loop.add_signal_handler(number, self._on_signal, number)
@@ -153,27 +147,18 @@ class VmmProcess:
         self._machine.start(paused=self._options.paused)
 
     def _new_port(self, fds: FdStore) -> Port:
-        """A way to KVM for a VM of this process's making: through a new keeper, or directly."""
-        if not self._options.keeper:
-            return DirectPort()
-        listener = None
-        if self._options.keeper_path is not None:
-            listener = listen(self._options.keeper_path, "keeper", socket.SOCK_SEQPACKET)
-        port = KeeperPort.start(listener)
-        if listener is not None:
-            listener.close()
-        port.set_orphan_timeout(self._options.orphan_timeout_s if listener is not None else UNREACHABLE_S)
+        """A way to KVM for a VM of this process's making."""
+        options = self._options
+        if not options.keeper:
+            return direct_port()
+        port = start_keeper(options.keeper_path, options.orphan_timeout_s)
         fds.deposit(port)
         return port
 
     def _attach(self) -> None:
         """Take over from the keeper a guest whose VMM is gone."""
         assert self._options.keeper_path is not None
-        port = KeeperPort.connect(self._options.keeper_path)
-        for row in port.table():
-            self._fds.add(row.name, row.id, row.fd)
-        port.close()
-        port = self._adopting_port(KeeperPort.connect_socket(self._options.keeper_path), self._fds)
+        port = find_keeper(self._options.keeper_path, self._fds)
         config = kept_config(Arena.open(self._fds))
         self._token = RunToken.open(self._fds)
         self._machine = self._new_machine(config, self._fds, self._token, port, Origin.ADOPTED)
@@ -182,14 +167,6 @@ class VmmProcess:
         self._machine.resume(running=not self._machine.state.paused)
         self._fds.vault = port
         self._own()
-
-    def _adopting_port(self, sock: socket.socket, fds: FdStore) -> KeeperPort:
-        """The port to a VM that a keeper owns; it owns its eventfds, so the store gives them up."""
-        port = KeeperPort.adopt(sock, {(name, index): fd for name, index, fd in fds.items()})
-        for name, index, _ in list(fds.items()):
-            if name in KeeperPort.OWN_NAMES:
-                fds.take(name, index)
-        return port
 
     def _new_machine(
         self, config: MachineConfig, fds: FdStore, token: RunToken, port: Port, origin: Origin
@@ -247,12 +224,16 @@ class VmmProcess:
         if threading.current_thread() is self._carrier:
             self._kept_back.append((event, data, at))
         else:
-            self._post(self._monitor.emit, event, data, at)
+            self._emit(event, data, at)
+
+    def _emit(self, event: str, data: dict[str, Any] | None, at: float) -> None:
+        if not self._loop.is_closed():
+            self._monitor.emit(event, data, at)
 
     def _release_events(self) -> None:
         kept, self._kept_back = self._kept_back, []
         for event, data, at in kept:
-            self._post(self._monitor.emit, event, data, at)
+            self._emit(event, data, at)
 
     def run_state_changed(self, old: RunState, new: RunState) -> None:
         """STOP and RESUME, as QEMU has them."""
@@ -529,12 +510,9 @@ class VmmProcess:
             drop_old_vm(fds)
             machine = self._new_machine(config, fds, token, self._new_port(fds), Origin.REBUILT)
         elif choice.probe == WORKS:
-            machine = self._new_machine(config, fds, token, DirectPort(), Origin.ADOPTED)
+            machine = self._new_machine(config, fds, token, direct_port(), Origin.ADOPTED)
         else:
-            keeper = fds.take("keeper")
-            assert keeper is not None
-            port = self._adopting_port(socket.socket(fileno=keeper), fds)
-            machine = self._new_machine(config, fds, token, port, Origin.ADOPTED)
+            machine = self._new_machine(config, fds, token, adopt_from_keeper(fds), Origin.ADOPTED)
         self._machine = machine
         return machine, choice
 
@@ -543,7 +521,7 @@ class VmmProcess:
         probe = probe_received_vm(fds)
         received = fds.find("vm") is not None
         wanted = self._options.method
-        kept = fds.find("keeper") is not None
+        kept = has_keeper(fds)
         if wanted == "rebuild":
             return Choice("rebuild", "asked for", received, probe)
         if probe == WORKS:
@@ -574,9 +552,7 @@ class VmmProcess:
     def _received(self) -> None:
         self._tracer.role = "old"
         assert self._machine is not None
-        port = self._machine.hypervisor.port
-        if isinstance(port, KeeperPort):
-            self._fds.vault = port
+        self._fds.vault = self._machine.hypervisor.port
         self._own()
         if self._error is None:
             log.info("the guest runs here")

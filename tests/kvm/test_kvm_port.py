@@ -103,6 +103,28 @@ class RecordingPort:
     def exits(self, vcpu_fd: int) -> int:
         return 0
 
+    @property
+    def outlives(self) -> bool:
+        return False
+
+    def attach(self) -> None:
+        self.calls.append(("attach",))
+
+    def detach(self) -> None:
+        self.calls.append(("detach",))
+
+    def close(self, *, for_good: bool) -> None:
+        self.calls.append(("close", for_good))
+
+    def store(self, name: str, index: int, fd: int) -> None:
+        self.calls.append(("store", name, index))
+
+    def drop(self, name: str, index: int) -> None:
+        self.calls.append(("drop", name, index))
+
+    def fd_rows(self) -> list[tuple[str, int, int]]:
+        return []
+
     def run(self, vcpu_fd: int) -> bool:
         if isinstance(self.run_result, IoctlError):
             raise self.run_result

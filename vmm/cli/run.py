@@ -54,6 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take a guest over; once for the main channel (unix:PATH) and once for the cpr channel "
         "(cpr,addr.transport=socket,addr.type=unix,addr.path=PATH, or its JSON)",
     )
+    process.add_argument(
+        "--handover",
+        choices=("auto", "adopt", "rebuild"),
+        default="auto",
+        help="how to take a guest over (default auto)",
+    )
+    process.add_argument(
+        "--keeper", action="store_true", help="have a keeper own the VM, so that it outlives this process"
+    )
+    process.add_argument(
+        "--no-keeper", dest="keeper", action="store_false", help="own the VM in this process"
+    )
     process.add_argument("--paused", "-S", action="store_true", help="do not start the guest until 'cont'")
     process.add_argument("--verbose", "-v", action="count", default=0, help="more in the log; twice for all")
 
@@ -104,7 +116,13 @@ def run(arguments: argparse.Namespace) -> int:
     values = given_values(arguments)
     incoming = _incoming(arguments.incoming) if arguments.incoming else None
     paths = [_qmp_path(text) for text in arguments.qmp]
-    options = Options(given=values, incoming=incoming, paused=arguments.paused)
+    options = Options(
+        given=values,
+        incoming=incoming,
+        paused=arguments.paused,
+        method=arguments.handover,
+        keeper=arguments.keeper,
+    )
     if "name" in values:
         directory = RunDir(values["name"]).make()
         if incoming is None and directory.lives():

@@ -21,7 +21,6 @@ from vmm.errors import ConfigError, HandoverError, PeerError, StateError
 from vmm.sockets import check_peer, listen, peer
 
 
-
 class Cancelled(HandoverError):
     """`migrate_cancel`: whoever waits on a channel gives up."""
 

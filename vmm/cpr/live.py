@@ -72,7 +72,9 @@ class OutgoingMachine(Protocol):
         """`(name, id, fd)` of all that is to be sent."""
 
     def quiesce(self, *, keep_running: bool) -> bool:
-        """Stop the guest and store its state, or let its vCPUs run on by themselves; whether it was running."""
+        """Stop the guest and store its state, or let its vCPUs run on by themselves; whether it was
+        running.
+        """
 
     def runs_alone(self) -> bool:
         """Whether its vCPUs can run on without a VMM."""
@@ -86,7 +88,9 @@ class OutgoingMachine(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """How the machine was received, and why so: `adopt` or `rebuild`, and the kernel's answer on the VM fd."""
+    """How the machine was received, and why so: `adopt` or `rebuild`, and the kernel's answer on the VM
+    fd.
+    """
 
     method: str
     why: str

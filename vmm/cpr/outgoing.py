@@ -7,9 +7,9 @@
                      └──▶ FAILED or CANCELLED: the guest runs here as if nothing had happened
 
 PAUSED is the first phase in which the guest stands still, and it is left by a message, an error or a
-deadline. Where the guest goes on here, the token's epoch is moved first: the new VMM may have loaded the state
-and not have heard of the failure, and must never run what has become stale. After COMMITTED no error decides
-anything: the run token does.
+deadline. Where the guest goes on here, the token's epoch is moved first: the new VMM may have loaded the
+state and not have heard of the failure, and must never run what has become stale. After COMMITTED no error
+decides anything: the run token does.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ async def outgoing(world: OutgoingWorld) -> Phase:
     try:
         await world.send_commit()
         await world.receive_running()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- whatever it was, the guest must go on
         return await _arbitrate(world, error)
     await world.give_up()
     world.enter(Phase.COMPLETED)

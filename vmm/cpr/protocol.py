@@ -66,8 +66,8 @@ class Refuse(Message, frozen=True, tag="refuse"):
 
 
 class Ready(Message, frozen=True, tag="ready"):
-    """New to old, on cpr, before it hangs up: built and listening. `method` is `adopt` or `rebuild`; `probe` is
-    the kernel's answer on the VM fd that came, `why` how the one follows from the other.
+    """New to old, on cpr, before it hangs up: built and listening. `method` is `adopt` or `rebuild`; `probe`
+    is the kernel's answer on the VM fd that came, `why` how the one follows from the other.
     """
 
     method: str

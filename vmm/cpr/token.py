@@ -4,8 +4,8 @@ The token is an open-file-description lock (F_OFD_SETLK, byte 0) on a small memf
 that memfd. Each VMM locks its own re-open of the memfd: a copy of one description would keep the lock alive
 past its holder's death, so a re-open is close-on-exec, never sent and never inherited. Whoever holds the lock
 may run the guest. Each taking moves the epoch by one, and so does a holder that lets the guest go on after a
-handover that failed; a side that expects an epoch which has moved knows that the guest has run elsewhere since:
-it must never run its own copy again.
+handover that failed; a side that expects an epoch which has moved knows that the guest has run elsewhere
+since: it must never run its own copy again.
 """
 
 from __future__ import annotations

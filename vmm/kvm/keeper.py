@@ -2,20 +2,21 @@
 
 Linux binds a VM to the address space of the process that created it. That process is the keeper: it creates
 the VM, runs one thread for each vCPU, issues the ioctls that the attached VMM asks for, and holds every fd of
-the machine. It has no device model, no policy, and no parser beyond the fixed messages below. It is run by its
-path with `python -I -S`, imports nothing of vmm, and must stay readable in one sitting.
+the machine. It has no device model, no policy, and no parser beyond the fixed messages below. It is run by
+its path with `python -I -S`, imports nothing of vmm, and must stay readable in one sitting.
 
 A message is one packet of a SOCK_SEQPACKET socket: REQUEST and up to PAYLOAD_MAX bytes, answered by REPLY and
 bytes; fds travel by SCM_RIGHTS. `fd` is always an fd number of the keeper's own. Nothing in a message is a
 path or code.
 
-A vCPU's thread and the VMM meet in a slot of shared memory, `called` and `returned`, with an eventfd each way:
+A vCPU's thread and the VMM meet in a slot of shared memory, `called` and `returned`, with an eventfd each
+way:
 
     VMM     called += 1, write go      ───▶   keeper   KVM_RUN
     VMM     serves the exit in kvm_run ◀───   keeper   result, returned += 1, write done
 
-called > returned: the vCPU runs, and needs nobody. called == returned with result 0: its exit waits for a VMM,
-this one or the next. So a VMM may come, go or be killed at any time; the slot says what is to be done.
+called > returned: the vCPU runs, and needs nobody. called == returned with result 0: its exit waits for a
+VMM, this one or the next. So a VMM may come, go or be killed at any time; the slot says what is to be done.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import struct
 import sys
 import threading
 import time
+from typing import TypeAlias
 
 REQUEST = struct.Struct("=IiQQQQQ")  # op, fd, request number, four arguments
 REPLY = struct.Struct("=iiI")  # result, errno, flags
@@ -85,7 +87,9 @@ COUNTED = {
     0x4008AE6A: 48,  # SET_GSI_ROUTING
 }
 # ioctls that carry pointers or start what the keeper does itself: never passed through
-REFUSED = frozenset({KVM_RUN, KVM_SET_SIGNAL_MASK, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2, KVM_GET_DIRTY_LOG})
+REFUSED = frozenset(
+    {KVM_RUN, KVM_SET_SIGNAL_MASK, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2, KVM_GET_DIRTY_LOG}
+)
 # an fd of the keeper's within the argument: request -> (offset of the number, offset of a second or None)
 INNER_FDS = {0x4020AE76: (0, 20), 0x4040AE79: (16, None)}  # IRQFD: fd, resamplefd; IOEVENTFD
 NO_FD = 0xFFFFFFFF
@@ -104,12 +108,19 @@ def ioctl(fd: int, request: int, argument: int | bytes | ctypes.Array[ctypes.c_c
     return result
 
 
-class Refused(Exception):
-    """A message that is not carried out; the errno goes into the reply."""
+Fds: TypeAlias = "array.array[int]"
+Answer: TypeAlias = tuple[bytes, list[int], int]  # the reply's payload, its fds, the result
 
-    def __init__(self, number: int) -> None:
+
+class Refused(Exception):
+    """A message that is not carried out, or a call that failed; the reply has the errno, and what was
+    written.
+    """
+
+    def __init__(self, number: int, written: bytes = b"") -> None:
         super().__init__(number)
         self.errno = number
+        self.written = written
 
 
 EINVAL, EPERM, EBUSY, EBADF, ENOSPC = 22, 1, 16, 9, 28
@@ -205,7 +216,10 @@ class Keeper:
                 wait_ms = left * 1000 + 1
             for fd, _ in self._poll.poll(wait_ms):
                 if self._listener is not None and fd == self._listener.fileno():
-                    sock, _ = self._listener.accept()
+                    try:
+                        sock, _ = self._listener.accept()
+                    except OSError:  # it went again
+                        continue
                     self._admit(sock)
                 elif fd in self._clients and not self._serve_one(self._clients[fd]):
                     return
@@ -242,7 +256,8 @@ class Keeper:
             return True
         for _, _, content in ancillary:
             fds.frombytes(content[: len(content) - len(content) % 4])
-        payload, sent, result, number = b"", [], 0, 0
+        payload, result, number = b"", 0, 0
+        sent: list[int] = []
         try:
             if not data:
                 self._dismiss(sock)
@@ -260,7 +275,7 @@ class Keeper:
                 raise Refused(EINVAL)
             payload, sent, result = operation(sock, fd, request, arguments, data[REQUEST.size :], fds)
         except Refused as refusal:
-            result, number = -1, refusal.errno
+            result, number, payload = -1, refusal.errno, refusal.written
         except OSError as error:
             result, number = -1, error.errno or EINVAL
         except (struct.error, ValueError, OverflowError):  # a payload of the wrong shape
@@ -290,7 +305,7 @@ class Keeper:
         """The payload in a buffer larger than anything the kernel writes for it."""
         unit = COUNTED.get(request)
         if unit is not None:
-            if len(payload) < 8 or 8 + struct.unpack_from("=I", payload)[0] * unit > PAYLOAD_MAX:
+            if len(payload) < 4 or 8 + struct.unpack_from("=I", payload)[0] * unit > PAYLOAD_MAX:
                 raise Refused(EINVAL)
         elif len(payload) < request >> 16 & 0x3FFF:
             raise Refused(EINVAL)
@@ -310,16 +325,23 @@ class Keeper:
                 raise Refused(EINVAL)
             return ioctl(self._owned(fd), request, argument), b""
         buffer = self._argument(request, payload)
-        result = ioctl(self._owned(fd), request, buffer)
+        try:
+            result = ioctl(self._owned(fd), request, buffer)
+        except OSError as error:  # some say what they would have needed: KVM_GET_MSR_INDEX_LIST and E2BIG
+            raise Refused(error.errno or EINVAL, buffer.raw[: len(payload)]) from None
         return result, buffer.raw[: len(payload)]
 
-    def _ioctl(self, _s, fd, request, arguments, payload, _f):  # type: ignore[no-untyped-def]
+    def _ioctl(
+        self, _s: socket.socket, fd: int, request: int, arguments: list[int], payload: bytes, _f: Fds
+    ) -> Answer:
         if request in CREATES:
             raise Refused(EPERM)
         result, out = self._call(fd, request, arguments[0], payload)
         return out, [], result
 
-    def _create(self, _s, fd, request, arguments, payload, _f):  # type: ignore[no-untyped-def]
+    def _create(
+        self, _s: socket.socket, fd: int, request: int, arguments: list[int], payload: bytes, _f: Fds
+    ) -> Answer:
         if request not in CREATES or len(self._held) >= FDS_MAX:
             raise Refused(EPERM)
         created, _ = self._call(fd, request, arguments[0], payload)
@@ -327,7 +349,9 @@ class Keeper:
         self._held.add(created)
         return struct.pack("=I", created), [created], 0
 
-    def _memory(self, _s, fd, request, arguments, payload, _f):  # type: ignore[no-untyped-def]
+    def _memory(
+        self, _s: socket.socket, fd: int, request: int, arguments: list[int], payload: bytes, _f: Fds
+    ) -> Answer:
         slot_flags, gpa, size, offset = arguments[:4]
         memfd, guest_memfd, guest_offset = struct.unpack("=IIQ", payload)
         address = 0
@@ -347,7 +371,9 @@ class Keeper:
         ioctl(self._owned(fd), number, region)
         return b"", [], 0
 
-    def _attribute(self, _s, fd, request, arguments, _p, _f):  # type: ignore[no-untyped-def]
+    def _attribute(
+        self, _s: socket.socket, fd: int, request: int, arguments: list[int], _p: bytes, _f: Fds
+    ) -> Answer:
         if request not in DEVICE_ATTRIBUTES:
             raise Refused(EPERM)
         word = ctypes.c_uint64(arguments[2])
@@ -356,17 +382,17 @@ class Keeper:
         result = ioctl(self._owned(fd), request, block)
         return struct.pack("=Q", word.value), [], result
 
-    def _dirty_log(self, _s, fd, _r, arguments, _p, _f):  # type: ignore[no-untyped-def]
+    def _dirty_log(
+        self, _s: socket.socket, fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds
+    ) -> Answer:
         slot, size = arguments[:2]
         if size > PAYLOAD_MAX:
             raise Refused(EINVAL)
         bitmap = ctypes.create_string_buffer(PAYLOAD_MAX)
-        ioctl(
-            self._owned(fd), KVM_GET_DIRTY_LOG, struct.pack("=IIQ", slot, 0, ctypes.addressof(bitmap))
-        )
+        ioctl(self._owned(fd), KVM_GET_DIRTY_LOG, struct.pack("=IIQ", slot, 0, ctypes.addressof(bitmap)))
         return bitmap.raw[:size], [], 0
 
-    def _vcpu(self, _s, fd, _r, arguments, _p, _f):  # type: ignore[no-untyped-def]
+    def _vcpu(self, _s: socket.socket, fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds) -> Answer:
         slot = arguments[0]
         if slot >= SLOTS or slot in self._runners:
             raise Refused(EINVAL)
@@ -380,14 +406,14 @@ class Keeper:
             self._held.add(one)
         return b"", [runner.go, runner.done], 0
 
-    def _kick(self, _s, _fd, _r, arguments, _p, _f):  # type: ignore[no-untyped-def]
+    def _kick(self, _s: socket.socket, _fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds) -> Answer:
         runner = self._runners.get(arguments[0])
         if runner is None:
             raise Refused(EINVAL)
         signal.pthread_kill(runner.thread.ident or 0, KICK)
         return b"", [], 0
 
-    def _store(self, _s, fd, _r, _a, payload, fds):  # type: ignore[no-untyped-def]
+    def _store(self, _s: socket.socket, fd: int, _r: int, _a: list[int], payload: bytes, fds: Fds) -> Answer:
         name, index, _ = NAME.unpack(payload)
         key = (name.rstrip(b"\0"), index)
         if key in self._names or len(self._held) >= FDS_MAX:
@@ -397,7 +423,7 @@ class Keeper:
         self._held.add(stored)
         return struct.pack("=I", stored), [], 0
 
-    def _drop(self, _s, _fd, _r, _a, payload, _f):  # type: ignore[no-untyped-def]
+    def _drop(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], payload: bytes, _f: Fds) -> Answer:
         name, index, _ = NAME.unpack(payload)
         fd = self._names.pop((name.rstrip(b"\0"), index), None)
         if fd is None or fd in self._by_fd:
@@ -406,30 +432,34 @@ class Keeper:
         os.close(fd)
         return b"", [], 0
 
-    def _table(self, _s, _fd, _r, arguments, _p, _f):  # type: ignore[no-untyped-def]
+    def _table(
+        self, _s: socket.socket, _fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds
+    ) -> Answer:
         first = arguments[0]
         rows = list(self._names.items())
         part = rows[first : first + FDS_PER_MESSAGE]
         packed = b"".join(NAME.pack(name, index, fd) for (name, index), fd in part)
         return packed, [fd for _, fd in part], len(rows)
 
-    def _attach(self, sock, _fd, _r, _a, _p, _f):  # type: ignore[no-untyped-def]
+    def _attach(self, sock: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, _f: Fds) -> Answer:
         if self._attached is not None and self._attached is not sock and not _hung_up(self._attached):
             raise Refused(EBUSY)
         self._attached = sock
         return b"", [], 0
 
-    def _detach(self, _s, _fd, _r, _a, _p, _f):  # type: ignore[no-untyped-def]
+    def _detach(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, _f: Fds) -> Answer:
         self._leave()
         return b"", [], 0
 
-    def _successor(self, _s, _fd, _r, _a, _p, fds):  # type: ignore[no-untyped-def]
+    def _successor(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, fds: Fds) -> Answer:
         if len(fds) != 1:
             raise Refused(EINVAL)
         self._admit(socket.socket(fileno=fds.pop()))
         return b"", [], 0
 
-    def _orphan(self, _s, _fd, _r, arguments, _p, _f):  # type: ignore[no-untyped-def]
+    def _orphan(
+        self, _s: socket.socket, _fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds
+    ) -> Answer:
         self._orphan_s = arguments[0] / 1000
         return b"", [], 0
 
@@ -441,7 +471,9 @@ def _hung_up(sock: socket.socket) -> bool:
 
 
 def main() -> None:
-    """`keeper.py FIRST [LISTENER]`: the fd of the first VMM's connection, and of the listening socket if any."""
+    """`keeper.py FIRST [LISTENER]`: the fd of the first VMM's connection, and of the listening socket if
+    any.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {KICK, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE})
     threading.stack_size(256 * 1024)
     sys.setswitchinterval(0.0005)

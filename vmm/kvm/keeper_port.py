@@ -1,8 +1,8 @@
 """The port to a VM that a keeper owns: the same calls as `DirectPort`, carried out in the keeper's process.
 
-KVM_RUN needs no message: a vCPU's slot in shared memory and two eventfds do it (see `keeper`). Everything else is
-one request and one reply on a socket, one at a time. This module must never decide what an exit means, and
-holds no state that a VMM which comes after a crash would need.
+KVM_RUN needs no message: a vCPU's slot in shared memory and two eventfds do it (see `keeper`). Everything
+else is one request and one reply on a socket, one at a time. This module must never decide what an exit
+means, and holds no state that a VMM which comes after a crash would need.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from vmm.errors import HostError, PeerError
 from vmm.kvm import abi, keeper
@@ -25,7 +25,7 @@ from vmm.kvm.port import KICKED, Argument, Bitmap, ioctl_error
 
 ANSWER_TIMEOUT_S = 10.0
 
-SLOTS_NAME, GO_NAME, DONE_NAME = "kvm-slots", "kvm-go", "kvm-done"
+KEEPER_NAME, SLOTS_NAME, GO_NAME, DONE_NAME = "keeper", "kvm-slots", "kvm-go", "kvm-done"
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class _Runner:
 class KeeperPort:
     """A `Port` over one connection to a keeper. `attach` before anything but `table` is asked of it."""
 
+    OWN_NAMES: ClassVar[frozenset[str]] = frozenset({SLOTS_NAME, GO_NAME, DONE_NAME})
+
     def __init__(self, sock: socket.socket, pid: int) -> None:
         sock.settimeout(ANSWER_TIMEOUT_S)
         self.pid: Final = pid
@@ -69,7 +71,9 @@ class KeeperPort:
         self._numbers: dict[int, int] = {}  # this process's fd -> the keeper's
         self._runners: dict[int, _Runner] = {}
         self._words: memoryview | None = None
-        self.events: dict[int, tuple[int, int]] = {}  # vCPU index -> its go and done eventfds
+        self._slots_fd = -1
+        self._events: dict[int, tuple[int, int]] = {}  # vCPU index -> its go and done eventfds
+        self._offered: socket.socket | None = None
 
     @classmethod
     def start(cls, listener: socket.socket | None = None) -> KeeperPort:
@@ -93,17 +97,24 @@ class KeeperPort:
     @classmethod
     def connect(cls, path: str) -> KeeperPort:
         """A connection to the keeper that listens at `path`; not attached yet. Raises PeerError."""
+        sock = cls.connect_socket(path)
+        return cls(sock, cls.peer(sock))
+
+    @staticmethod
+    def connect_socket(path: str) -> socket.socket:
+        """The bare connection, for `adopt`. Raises PeerError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             sock.connect(path)
         except OSError as error:
             sock.close()
             raise PeerError(f"no keeper answers at {path}: {error.strerror}") from error
-        return cls(sock, cls.peer(sock))
+        return sock
 
     @classmethod
     def adopt(cls, sock: socket.socket, fds: Mapping[tuple[str, int], int]) -> KeeperPort:
-        """The port of a VMM that takes over, on the fds that came with it; `attach` when the guest is its own.
+        """The port of a VMM that takes over, on the fds that came with it; `attach` when the guest is its
+        own.
 
         `fds` are this process's, by name and id; the keeper says which of its own each of them is. Raises
         PeerError where the keeper has no such machine.
@@ -113,9 +124,14 @@ class KeeperPort:
         try:
             known = {(row.name, row.id): row.keepers_fd for row in rows}
             port._numbers = {fd: known[key] for key, fd in fds.items() if key in known}
-            missing = [f"{name}/{index}" for name, index in fds if name in ("vm", "vcpu") and (name, index) not in known]
+            missing = [
+                f"{name}/{index}"
+                for name, index in fds
+                if name in ("vm", "vcpu") and (name, index) not in known
+            ]
             if missing:
                 raise PeerError(f"the keeper, process {port.pid}, does not have {', '.join(missing)}")
+            port._map_slots(fds[SLOTS_NAME, 0])
             for (name, index), fd in fds.items():
                 if name == "vcpu":
                     port.adopt_vcpu(fd, index, fds[GO_NAME, index], fds[DONE_NAME, index])
@@ -132,7 +148,13 @@ class KeeperPort:
     # --- one message ---
 
     def _ask(
-        self, op: int, fd: int = -1, request: int = 0, arguments: Iterable[int] = (), payload: bytes = b"", fds: Iterable[int] = ()
+        self,
+        op: int,
+        fd: int = -1,
+        request: int = 0,
+        arguments: Iterable[int] = (),
+        payload: bytes = b"",
+        fds: Iterable[int] = (),
     ) -> tuple[int, int, bytes, list[int]]:
         words = [*arguments, 0, 0, 0, 0][:4]
         data = keeper.REQUEST.pack(op, fd, request, *words) + payload
@@ -143,7 +165,9 @@ class KeeperPort:
             with self._lock:
                 self._sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
                 answer, extra, _, _ = self._sock.recvmsg(
-                    keeper.REPLY.size + keeper.PAYLOAD_MAX, socket.CMSG_SPACE(4 * 253), socket.MSG_CMSG_CLOEXEC
+                    keeper.REPLY.size + keeper.PAYLOAD_MAX,
+                    socket.CMSG_SPACE(4 * 253),
+                    socket.MSG_CMSG_CLOEXEC,
                 )
         except OSError as error:
             raise PeerError(f"the keeper, process {self.pid}, does not answer: {error}") from error
@@ -179,6 +203,25 @@ class KeeperPort:
         """Be it no more. The guest runs on; its exits wait."""
         self._do(keeper.OP_DETACH, "let this VMM go")
 
+    @property
+    def outlives(self) -> bool:
+        """See `Port.outlives`."""
+        return True
+
+    def fd_rows(self) -> list[tuple[str, int, int]]:
+        """See `Port.fd_rows`: the slots, each vCPU's eventfds, and a connection to the keeper for the next
+        VMM.
+
+        The connection is this port's to close; it is made anew at each call.
+        """
+        if self._offered is not None:
+            self._offered.close()
+        self._offered = self.make_successor()
+        rows = [(KEEPER_NAME, 0, self._offered.fileno()), (SLOTS_NAME, 0, self._slots_fd)]
+        for index, (go, done) in self._events.items():
+            rows += [(GO_NAME, index, go), (DONE_NAME, index, done)]
+        return rows
+
     def make_successor(self) -> socket.socket:
         """A connection for a VMM that will attach once this one has detached."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -190,13 +233,22 @@ class KeeperPort:
         """How long the keeper, and the guest with it, lives without a VMM; 0: for ever."""
         self._do(keeper.OP_ORPHAN, "take a timeout", arguments=[round(seconds * 1000)])
 
-    def quit(self) -> None:
-        """End the keeper and the guest."""
-        self._do(keeper.OP_QUIT, "end")
-
-    def close(self) -> None:
-        """Close the connection; the keeper takes that as a detach."""
+    def close(self, *, for_good: bool = False) -> None:
+        """Close the connection, which the keeper takes as a detach, or end the keeper, and the guest with
+        it.
+        """
+        if for_good:
+            self._do(keeper.OP_QUIT, "end")
         self._runners.clear()
+        for pair in self._events.values():
+            for fd in pair:
+                os.close(fd)
+        self._events.clear()
+        if self._slots_fd >= 0:
+            os.close(self._slots_fd)
+            self._slots_fd = -1
+        if self._offered is not None:
+            self._offered.close()
         self._sock.close()
 
     def store(self, name: str, index: int, fd: int) -> None:
@@ -249,7 +301,7 @@ class KeeperPort:
         else:
             sent = self._with_keepers_fds(request, arg)
             result, number, payload, fds = self._ask(op, self._number(fd), request.number, payload=sent)
-            if not number and op == keeper.OP_IOCTL and not request.fds:
+            if payload and op == keeper.OP_IOCTL and not request.fds:
                 memoryview(arg).cast("B")[: len(payload)] = payload
         if number:
             raise ioctl_error(number, request)
@@ -322,7 +374,7 @@ class KeeperPort:
 
     def adopt_vcpu(self, vcpu_fd: int, index: int, go: int, done: int) -> None:
         """Go on with a vCPU that another VMM started, on this process's copies of its eventfds."""
-        self.events[index] = go, done
+        self._events[index] = go, done
         self._runners[vcpu_fd] = _Runner(self._slots(), index, go, done)
 
     def bind_thread(self, vcpu_fd: int) -> None:
@@ -332,11 +384,16 @@ class KeeperPort:
         if self._words is None:
             for row in self.table():
                 if row.name == SLOTS_NAME:
-                    self._words = memoryview(mmap.mmap(row.fd, keeper.SLOTS_SIZE)).cast("Q")
-                os.close(row.fd)
+                    self._map_slots(row.fd)
+                else:
+                    os.close(row.fd)
         if self._words is None:
             raise PeerError(f"the keeper, process {self.pid}, has no slots")
         return self._words
+
+    def _map_slots(self, fd: int) -> None:
+        self._slots_fd = fd
+        self._words = memoryview(mmap.mmap(fd, keeper.SLOTS_SIZE)).cast("Q")
 
     def run(self, vcpu_fd: int) -> bool:
         """See `Port.run`. An exit that an earlier VMM left unserved is the first that is returned."""

@@ -100,6 +100,14 @@ class Port(Protocol):
         """Learn of an fd that this process opened and that calls will name."""
         ...
 
+    def store(self, name: str, index: int, fd: int) -> None:
+        """What lives on without this process holds a copy of `fd` under that name, for who comes next."""
+        ...
+
+    def drop(self, name: str, index: int) -> None:
+        """It closes that copy."""
+        ...
+
     def start_vcpu(self, vcpu_fd: int, index: int) -> None:
         """A vCPU was created; it will be run."""
         ...
@@ -126,6 +134,27 @@ class Port(Protocol):
 
     def exits(self, vcpu_fd: int) -> int:
         """How often KVM_RUN of this vCPU has returned, whoever served it; 0 where nobody else ever could."""
+        ...
+
+    @property
+    def outlives(self) -> bool:
+        """Whether the VM lives on, and its vCPUs run on, without this process."""
+        ...
+
+    def attach(self) -> None:
+        """Be the one process that drives the VM. PeerError while another does."""
+        ...
+
+    def detach(self) -> None:
+        """Be it no more."""
+        ...
+
+    def close(self, *, for_good: bool) -> None:
+        """Use the port no more; with `for_good`, end what lives on without this process."""
+        ...
+
+    def fd_rows(self) -> list[tuple[str, int, int]]:
+        """`(name, id, fd)` of what the next process needs to reach the VM through this port."""
         ...
 
 
@@ -206,6 +235,12 @@ class DirectPort:
     def admit(self, fd: int) -> None:
         """Nothing to do: the fds are this process's."""
 
+    def store(self, name: str, index: int, fd: int) -> None:
+        """Nothing to do: nothing lives on without this process."""
+
+    def drop(self, name: str, index: int) -> None:
+        """Nothing to do."""
+
     def start_vcpu(self, vcpu_fd: int, index: int) -> None:
         """Nothing to do: `run` is a call of this process's own threads."""
 
@@ -238,3 +273,19 @@ class DirectPort:
 
     def exits(self, vcpu_fd: int) -> int:
         return 0
+
+    @property
+    def outlives(self) -> bool:
+        return False
+
+    def attach(self) -> None:
+        """Nothing to do: the VM is this process's own."""
+
+    def detach(self) -> None:
+        """Nothing to do: no other process can drive this VM."""
+
+    def close(self, *, for_good: bool) -> None:
+        """Nothing to do."""
+
+    def fd_rows(self) -> list[tuple[str, int, int]]:
+        return []

@@ -7,22 +7,25 @@ record travels to the next process.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tomllib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from vmm.boot.image import EntryMode
 from vmm.devices.chardev import parse_serial
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, StateError
 from vmm.machine.names import check_name
 from vmm.memory import layout
 from vmm.memory.guest import HUGE_PAGES
+from vmm.state import Arena
 from vmm.units import MIB, parse_size
 
 MOST_CPUS = 255  # xAPIC ids; 0xff is broadcast
+KEPT_BYTES = 16384  # the longest record as JSON
 LONGEST_APPEND = 0xDFF  # bytes of the guest's command line, without its NUL (boot contract: 0x6100..0x6EFF)
 
 
@@ -117,3 +120,43 @@ def differences(given: Mapping[str, Any], travelling: MachineConfig) -> list[str
 
 def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
+
+
+class KeptConfig(ctypes.LittleEndianStructure):
+    """The record as JSON in the state memfd, for a VMM that comes after a crash and has nothing else."""
+
+    VERSION: ClassVar[int] = 1
+    _fields_ = (("length", ctypes.c_uint32), ("text", ctypes.c_char * KEPT_BYTES))
+
+
+def keep_config(arena: Arena, config: MachineConfig) -> None:
+    """Write the record into the state memfd where it is not there already."""
+    kept = arena.place("config", 0, KeptConfig)
+    if not kept.length:
+        text = encode(config)
+        if len(text) > KEPT_BYTES:
+            raise ConfigError(
+                f"configuration: {len(text)} bytes as JSON, more than the {KEPT_BYTES} there is room for"
+            )
+        kept.text = text
+        kept.length = len(text)
+
+
+def kept_config(arena: Arena) -> MachineConfig:
+    """The record in the state memfd. Raises StateError where there is none, ConfigError where it is no
+    good.
+    """
+    kept = arena.place("config", 0, KeptConfig)
+    text = kept.text
+    if not 0 < kept.length <= KEPT_BYTES or len(text) != kept.length:
+        raise StateError("state memfd: no machine configuration in it")
+    return decode(text, "the kept machine")
+
+
+def decode(text: bytes, where: str) -> MachineConfig:
+    """A checked record from the JSON that `encode` made; ConfigError naming `where` for anything else."""
+    try:
+        values = msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{where}: its configuration cannot be read: {error}") from error
+    return from_mapping(values, where)

@@ -14,9 +14,10 @@ from typing import Any
 
 from vmm.errors import StateError
 from vmm.kvm import Cap, Vcpu, Vm, abi, sized
-from vmm.state import Arena
+from vmm.state import Arena, Section
 
 PIECE_VERSION = 1
+XSAVE_SIZE = 4096  # the least: struct kvm_xsave
 MSR_IA32_TSC = 0x10  # Intel SDM vol 4: never moved as a value; the TSC offset is (docs/design.md, Time)
 
 
@@ -69,6 +70,17 @@ class MsrList:
     fixed: tuple[int, ...]
 
     @classmethod
+    def of(cls, arena: Arena) -> MsrList:
+        """The list that the sections of a machine's first vCPU were made from."""
+        lists = []
+        for name in ("vcpu/msrs", "vcpu/msrs-fixed"):
+            section = arena.find(name, 0)
+            if section is None:
+                raise StateError(f"state section {name}/0 is missing")
+            lists.append(_indices(arena.place(name, 0, msr_block(_count(section)), PIECE_VERSION)))
+        return cls(*lists)
+
+    @classmethod
     def probe(cls, vcpu: Vcpu, indices: tuple[int, ...]) -> MsrList:
         """Sort the kernel's list by trying each MSR on a vCPU that has its CPUID and has not run yet.
 
@@ -102,9 +114,8 @@ def _indices(block: Any) -> tuple[int, ...]:
     return tuple(entry.index for entry in block.entries)
 
 
-def vcpu_pieces(vm: Vm, *, in_kernel_lapic: bool) -> dict[str, VcpuPiece]:
-    """Every piece of a vCPU's state that this kernel has, MSRs excepted."""
-    has = vm.check
+def vcpu_pieces(has: Callable[[int], int], *, xsave_size: int, in_kernel_lapic: bool) -> dict[str, VcpuPiece]:
+    """Every piece of a vCPU's state that this kernel has (`has` asks for a capability), MSRs excepted."""
     pieces = [
         VcpuPiece("mp_state", abi.kvm_mp_state, Vcpu.get_mp_state, Vcpu.set_mp_state),
         VcpuPiece("regs", abi.kvm_regs, Vcpu.get_regs, Vcpu.set_regs),
@@ -113,11 +124,8 @@ def vcpu_pieces(vm: Vm, *, in_kernel_lapic: bool) -> dict[str, VcpuPiece]:
         else VcpuPiece("sregs", abi.kvm_sregs, Vcpu.get_sregs, Vcpu.set_sregs),
     ]
     if has(Cap.XSAVE):
-        pieces.append(
-            VcpuPiece(
-                "xsave", sized(abi.kvm_xsave, (vm.xsave_size - 4096) // 4), Vcpu.get_xsave, Vcpu.set_xsave
-            )
-        )
+        kind = sized(abi.kvm_xsave, (xsave_size - XSAVE_SIZE) // 4)
+        pieces.append(VcpuPiece("xsave", kind, Vcpu.get_xsave, Vcpu.set_xsave))
     else:
         pieces.append(VcpuPiece("fpu", abi.kvm_fpu, Vcpu.get_fpu, Vcpu.set_fpu))
     if has(Cap.XCRS):
@@ -247,6 +255,16 @@ class VcpuState:
                     )
 
 
+def _count(section: Section) -> int:
+    """How many entries a section of MSRs has room for."""
+    count, odd = divmod(section.size - 8, ctypes.sizeof(abi.kvm_msr_entry))
+    if odd or count < 0:
+        raise StateError(
+            f"state section {section.name}/{section.instance}: {section.size} bytes is no list of MSRs"
+        )
+    return count
+
+
 def _place_msrs(arena: Arena, name: str, index: int, own: tuple[int, ...], allowed: tuple[int, ...]) -> Any:
     """The MSR section of that name: a new one lists `own`; one that is there must list only `allowed`
     MSRs.
@@ -254,9 +272,7 @@ def _place_msrs(arena: Arena, name: str, index: int, own: tuple[int, ...], allow
     section = arena.find(name, index)
     if section is None:
         return _filled(own, arena.place(name, index, msr_block(len(own)), PIECE_VERSION))
-    count, odd = divmod(section.size - 8, ctypes.sizeof(abi.kvm_msr_entry))
-    if odd or count < 0:
-        raise StateError(f"state section {name}/{index}: {section.size} bytes is no list of MSRs")
+    count = _count(section)
     block = arena.place(name, index, msr_block(count), PIECE_VERSION)
     strange = [f"{msr:#x}" for msr in _indices(block) if msr not in allowed]
     if block.nmsrs != count or strange:

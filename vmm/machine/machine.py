@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from typing import ClassVar, Protocol
 
-from vmm.boot.cpuid import CpuidEntry, guest_cpuid, offers_1gib_pages
 from vmm.boot.image import Image, load_image, resolve_kernel
 from vmm.boot.x86 import BootFlags, apply_boot_state, prepare_memory
 from vmm.bus import Bus
@@ -29,17 +27,15 @@ from vmm.devices.power import PowerOff
 from vmm.devices.reset import I8042, RESET_PORTS, ResetControl
 from vmm.devices.serial import Serial
 from vmm.errors import ConfigError, GuestCrash, HandoverError, HostError, VmmError
-from vmm.fds import FdStore, sealed_memfd
+from vmm.fds import FdStore
 from vmm.irq import IrqLine, UnconnectedIrq
-from vmm.kvm import Cap, System, Vm, abi, sized
-from vmm.kvm.capabilities import require
-from vmm.machine.config import MachineConfig
-from vmm.machine.kvm_state import MsrList, VcpuState, VmState, vcpu_pieces, vm_pieces
+from vmm.kvm import Port, Vm, abi
+from vmm.machine.config import MachineConfig, keep_config
+from vmm.machine.hypervisor import Hypervisor, Origin
 from vmm.machine.runstate import RunState, check_transition
 from vmm.machine.vcpu_thread import VcpuThread
 from vmm.memory import GuestMemory, layout
 from vmm.state import Arena
-from vmm.state.arena import SIZE as ARENA_SIZE
 from vmm.trace import Tracer
 
 log = logging.getLogger(__name__)
@@ -81,6 +77,7 @@ class MachineState(ctypes.LittleEndianStructure):
         ("ended", ctypes.c_uint32),
         ("exit_status", ctypes.c_uint32),
         ("resets", ctypes.c_uint32),
+        ("paused", ctypes.c_uint32),
     )
 
 
@@ -93,14 +90,6 @@ class _KernelIrqLine:
 
     def set(self, level: bool) -> None:
         self._vm.irq_line(self._gsi, level)
-
-
-def _cpuid_block(entries: tuple[CpuidEntry, ...]) -> abi.kvm_cpuid2:
-    block = sized(abi.kvm_cpuid2, len(entries))(nent=len(entries))
-    for slot, entry in zip(block.entries, entries, strict=True):
-        for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx"):
-            setattr(slot, name, getattr(entry, name))
-    return block
 
 
 class _Latch:
@@ -135,13 +124,15 @@ class Machine:
         config: MachineConfig,
         fds: FdStore,
         *,
-        received: bool,
+        port: Port,
+        origin: Origin,
         tracer: Tracer,
         reactor: Reactor,
         listener: MachineListener,
         may_run: Callable[[], bool],
     ) -> None:
-        """Build the machine; `received` says that `fds` and the state in them came from another VMM.
+        """Build the machine; unless `origin` is NEW, `fds` and the state in them came from another VMM. The
+        VM is driven through `port`.
 
         Raises ConfigError, ImageError, HostError or StateError before anything runs; then nothing of it is
         left behind but `fds`.
@@ -149,22 +140,21 @@ class Machine:
         self.config = config
         self.fds = fds
         self.tracer = tracer
-        self.run_state = RunState.INMIGRATE if received else RunState.PRELAUNCH
+        self.run_state = RunState.PRELAUNCH if origin is Origin.NEW else RunState.INMIGRATE
         self._listener = listener
         self._lock = threading.RLock()
         self._resume_to = RunState.RUNNING
-        self._loaded = not received
-        image = None if received else self._load_image()  # a bad image is refused before any VM exists
-        self.system = System()
-        require(self.system)
+        self._keeps_running = False
+        image = self._load_image() if origin is Origin.NEW else None  # a bad one is refused before any VM is
         self.memory = GuestMemory.map(fds, config.memory, config.hugepages)
         self.arena = Arena.open(fds)
         self.state = self.arena.place("machine", 0, MachineState)
-        self.vm = self._build_vm()
+        keep_config(self.arena, config)
+        self.hypervisor = Hypervisor(config, fds, self.memory, self.arena, port, origin)
         self.pio, self.mmio = Bus("PIO", PIO_SPACE), Bus("MMIO", MMIO_SPACE)
-        self.threads = self._build_vcpus(may_run)
-        self.tsc_khz = self.threads[0].vcpu.tsc_khz
-        self._build_state()
+        self.threads = [
+            VcpuThread(vcpu, self.pio, self.mmio, self, may_run) for vcpu in self.hypervisor.vcpus
+        ]
         self._build_devices(reactor)
         if image is not None:
             self._boot(image)
@@ -183,57 +173,10 @@ class Machine:
             load_address=self.config.load_address,
         )
 
-    def _build_vm(self) -> Vm:
-        vm = self.system.create_vm()
-        vm.set_tss_address(0xFFFB_D000)
-        vm.set_identity_map(0xFFFB_C000)
-        for capability in (Cap.EXCEPTION_PAYLOAD, Cap.X86_TRIPLE_FAULT_EVENT):
-            if vm.check(capability):
-                vm.enable_cap(capability, 0, 1)
-        for slot, region in enumerate(self.memory.regions):
-            vm.set_memory(slot, region.gpa, region.size, region.hva, region.fd, 0)
-        if self.config.irqchip == "kernel":
-            vm.create_irqchip()
-            vm.create_pit()
-        elif self.config.irqchip == "split":
-            vm.enable_cap(Cap.SPLIT_IRQCHIP, 0, 24)
-        return vm
-
-    def _build_vcpus(self, may_run: Callable[[], bool]) -> list[VcpuThread]:
-        block = self.system.supported_cpuid()
-        supported = block.entries[: block.nent]
-        self._gigabyte_pages = offers_1gib_pages(supported)
-        deadline = bool(self.vm.check(Cap.TSC_DEADLINE_TIMER)) and self.config.irqchip != "none"
-        threads = []
-        for index in range(self.config.cpus):
-            vcpu = self.vm.create_vcpu(index)
-            entries = guest_cpuid(
-                supported, index, self.config.cpus, tsc_deadline=deadline, tsc_khz=vcpu.tsc_khz
-            )
-            vcpu.set_cpuid(_cpuid_block(entries))
-            threads.append(VcpuThread(vcpu, self.pio, self.mmio, self, may_run))
-        return threads
-
-    def _build_state(self) -> None:
-        in_kernel_lapic = self.config.irqchip != "none"
-        pieces = vcpu_pieces(self.vm, in_kernel_lapic=in_kernel_lapic)
-        of_vm = vm_pieces(irqchip=self.config.irqchip == "kernel", pit=self.config.irqchip == "kernel")
-        msrs = MsrList.probe(self.threads[0].vcpu, self.system.msr_index_list())
-        self._fresh_fd = sealed_memfd("vmm-fresh", ARENA_SIZE)
-        fresh = Arena(self._fresh_fd, create=True)
-        vcpus = [thread.vcpu for thread in self.threads]
-        self._fresh = (
-            [VcpuState(fresh, vcpu, pieces, msrs) for vcpu in vcpus],
-            VmState(fresh, self.vm, of_vm),
-        )
-        for state in self._fresh[0]:
-            state.save()
-        self._fresh[1].save()
-        self._vcpu_states = [VcpuState(self.arena, vcpu, pieces, msrs) for vcpu in vcpus]
-        self._vm_state = VmState(self.arena, self.vm, of_vm)
-
     def _irq(self, gsi: int) -> IrqLine:
-        return _KernelIrqLine(self.vm, gsi) if self.config.irqchip == "kernel" else UnconnectedIrq()
+        return (
+            _KernelIrqLine(self.hypervisor.vm, gsi) if self.config.irqchip == "kernel" else UnconnectedIrq()
+        )
 
     def _build_devices(self, reactor: Reactor) -> None:
         self.chardev = open_chardev(parse_serial(self.config.serial), self.fds, self.arena, reactor)
@@ -258,10 +201,10 @@ class Machine:
             ram_below_4g=regions[0][1],
             ram_above_4g=regions[1][1] if len(regions) > 1 else 0,
             cpus=self.config.cpus,
-            tsc_khz=self.tsc_khz,
+            tsc_khz=self.hypervisor.facts.tsc_khz,
             flags=(BootFlags.IRQCHIP | BootFlags.PIT) if kernel_irqchip else 0,
             cmdline=self.config.append,
-            pdpe1gb=self._gigabyte_pages,
+            pdpe1gb=bool(self.hypervisor.facts.gigabyte_pages),
         )
         vcpu = self.threads[0].vcpu
         regs, sregs = abi.kvm_regs(), abi.kvm_sregs()
@@ -282,6 +225,8 @@ class Machine:
         old = self.run_state
         check_transition(old, new)
         self.run_state = new
+        if new in (RunState.RUNNING, RunState.PAUSED):
+            self.state.paused = new is RunState.PAUSED
         self._listener.run_state_changed(old, new)
 
     def start(self, *, paused: bool = False) -> None:
@@ -331,12 +276,7 @@ class Machine:
 
     def _reset_stopped(self) -> None:
         image = self._load_image()
-        vcpu_states, vm_state = self._fresh
-        for state in vcpu_states:
-            offset = state.vcpu.tsc_offset
-            state.load()
-            state.vcpu.tsc_offset = offset
-        vm_state.load()
+        self.hypervisor.restore_birth_state()
         self.serial.reset()
         self._boot(image, again=True)
         self.state.resets += 1
@@ -368,19 +308,16 @@ class Machine:
                 for thread in self.threads:
                     thread.vcpu.nmi()
 
-    def close(self) -> None:
-        """End the threads and give everything but the fds back. After this only `fds.close()` is left to
-        do.
+    def close(self, *, for_good: bool) -> None:
+        """End the threads and give everything but the fds back; with `for_good`, the VM itself ends too.
+
+        After this only `fds.close()` is left to do.
         """
         with self._lock:
             for thread in self.threads:
                 thread.finish()
             self.chardev.close()
-            for thread in self.threads:
-                thread.vcpu.close()
-            self.vm.close()
-            self.system.close()
-            os.close(self._fresh_fd)
+            self.hypervisor.close(for_good=for_good)
 
     # --- the handover's calls ---
 
@@ -409,10 +346,11 @@ class Machine:
             thread.submit(work(thread.index))
         latch.wait(timeout_s, "stopping the vCPUs")
 
-    def quiesce(self) -> bool:
-        """Stop the guest and put all of its state into the state memfd. Returns whether it was running.
+    def quiesce(self, *, keep_running: bool) -> bool:
+        """Stop serving the guest, all of its state being where the next VMM finds it. Returns whether it ran.
 
-        Raises HandoverError where the guest has ended meanwhile; any failure leaves it as it was.
+        Its vCPUs are stopped and saved or, with `keep_running`, let run on until they need a VMM. Raises
+        HandoverError where the guest has ended meanwhile; any failure leaves it as it was.
         """
         with self._lock:
             was = self.run_state
@@ -421,24 +359,39 @@ class Machine:
                     f"the guest has ended (run state {was.value}); there is nothing to hand over"
                 )
             self._resume_to = was
+            self._keeps_running = keep_running
             self._enter(RunState.FINISH_MIGRATE)
             try:
                 self.tracer.mark("pause")
-                self._pause_vcpus(lambda index: self._vcpu_states[index].save())
+                if keep_running:
+                    self._let_vcpus_go()
+                else:
+                    self._pause_vcpus(lambda index: self.hypervisor.vcpu_states[index].save())
                 self.tracer.mark("vcpus-saved")
                 if self.state.ended:
                     raise HandoverError("the guest ended while it was being stopped")
-                self._vm_state.save()
+                if not keep_running:
+                    self.hypervisor.vm_state.save()
+                    self.hypervisor.note_tsc()
                 self.chardev.freeze()
+                if keep_running:
+                    self.hypervisor.port.detach()
                 self.tracer.mark("saved")
             except BaseException:
                 self.roll_back()
                 raise
             return was is RunState.RUNNING
 
+    def _let_vcpus_go(self) -> None:
+        for thread in self.threads:
+            thread.leave()
+        self._on_vcpus(None, STOP_TIMEOUT_S)
+
     def roll_back(self) -> None:
         """The handover failed after `quiesce`: be as before it."""
         with self._lock:
+            if self._keeps_running:
+                self.hypervisor.port.attach()
             self.chardev.thaw()
             if self.state.ended:
                 self._enter(RunState.SHUTDOWN)
@@ -452,23 +405,25 @@ class Machine:
             self._enter(RunState.POSTMIGRATE)
 
     def load(self) -> None:
-        """Give vCPUs and VM the state in the state memfd. Raises StateError; then the old VMM still has the
-        guest.
+        """Give vCPUs and VM the state in the state memfd; nothing to do for an adopted VM, which has it.
+
+        Raises StateError; then the old VMM still has the guest.
         """
         with self._lock:
-            if len(self.threads) == 1:
-                self._vcpu_states[0].load()  # one hop less
-            else:
-                self._on_vcpus(lambda index: self._vcpu_states[index].load(), STOP_TIMEOUT_S)
-            self._vm_state.load()
-            self._loaded = True
+            if self.hypervisor.origin is Origin.REBUILT:
+                states = self.hypervisor.vcpu_states
+                if len(self.threads) == 1:
+                    states[0].load()  # one hop less
+                else:
+                    self._on_vcpus(lambda index: states[index].load(), STOP_TIMEOUT_S)
+                self.hypervisor.vm_state.load()
             self.tracer.mark("loaded")
 
     def resume(self, *, running: bool) -> None:
-        """Run the guest that was loaded, or hold it paused where it was paused before."""
+        """Run the guest that was received, or hold it paused where it was paused before."""
         with self._lock:
-            if not self._loaded:
-                raise VmmError("resume without load")
+            if self.hypervisor.origin is Origin.ADOPTED:
+                self.hypervisor.port.attach()
             self._go(RunState.RUNNING if running else RunState.PAUSED)
             self.tracer.mark("resumed")
             self.chardev.start()
@@ -485,8 +440,8 @@ class Machine:
 
     def fd_table(self) -> list[tuple[str, int, int]]:
         """Every fd of the machine, the KVM ones included, as `(name, id, fd)`."""
-        kvm = [("vm", 0, self.vm.fd)] + [("vcpu", thread.index, thread.vcpu.fd) for thread in self.threads]
-        return [*self.fds.items(), *kvm]
+        vcpus = [("vcpu", vcpu.index, vcpu.fd) for vcpu in self.hypervisor.vcpus]
+        return [*self.fds.items(), ("vm", 0, self.hypervisor.vm.fd), *vcpus, *self.hypervisor.port.fd_rows()]
 
     def guest_clock(self) -> dict[str, int]:
         """One moment on three clocks: CLOCK_MONOTONIC ns, guest TSC cycles, and how far apart the readings
@@ -494,16 +449,16 @@ class Machine:
         """
         data = abi.kvm_clock_data()
         before = time.monotonic_ns()
-        self.vm.get_clock(data)
+        self.hypervisor.vm.get_clock(data)
         after = time.monotonic_ns()
         if not data.flags & abi.KVM_CLOCK_HOST_TSC:
             raise HostError("this host's KVM_GET_CLOCK gives no host TSC (KVM_CLOCK_HOST_TSC, Linux 5.16)")
-        guest_tsc = (data.host_tsc + self.threads[0].vcpu.tsc_offset) % (1 << 64)
+        guest_tsc = (data.host_tsc + self.hypervisor.facts.tsc_offset) % (1 << 64)
         return {
             "monotonic-ns": (before + after) // 2,
             "uncertainty-ns": after - before,
             "guest-tsc": guest_tsc,
-            "tsc-khz": self.tsc_khz,
+            "tsc-khz": self.hypervisor.facts.tsc_khz,
         }
 
     # --- what the guest does (ExitSink; vCPU threads) ---

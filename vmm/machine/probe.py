@@ -5,32 +5,32 @@ from __future__ import annotations
 import errno
 
 from vmm.fds import FdKind, FdStore, identify
-from vmm.kvm import Cap, DirectPort, System, abi
+from vmm.kvm import Cap, DirectPort, abi
+
+WORKS = "ok"
+NOT_RECEIVED = "not received"
+# what is bound to the old VM or its keeper, and of no use to a VMM that builds a VM of its own
+OLD_VM_FDS = frozenset({"vm", "vcpu", "kvm-stats", "kvm-slots", "kvm-go", "kvm-done", "keeper"})
 
 
 def probe_received_vm(fds: FdStore) -> str:
-    """What the kernel says to KVM_CHECK_EXTENSION on the received VM fd: `ok`, an errno's name, or `not
-    received`.
-
-    The received VM and vCPU fds are closed afterwards: held open they would keep the old VM alive.
+    """What the kernel says to KVM_CHECK_EXTENSION on the received VM fd: `ok`, an errno's name, or that
+    none came.
     """
     fd = fds.find("vm")
     if fd is None:
-        return "not received"
+        return NOT_RECEIVED
+    if identify(fd).kind is not FdKind.KVM_VM:
+        return "not a VM fd"
     try:
-        if identify(fd).kind is not FdKind.KVM_VM:
-            return "not a VM fd"
         DirectPort().ioctl(fd, abi.KVM_CHECK_EXTENSION, Cap.USER_MEMORY)
     except OSError as error:
         return errno.errorcode.get(error.errno or 0, str(error.errno))
-    finally:
-        for name, index, _ in list(fds.items()):
-            if name in ("vm", "vcpu"):
-                fds.remove(name, index)
-    return "ok"
+    return WORKS
 
 
-def kvm_api_version() -> int:
-    """What /dev/kvm answers to KVM_GET_API_VERSION. Raises HostError where there is no KVM to use."""
-    with System() as system:
-        return system.api_version
+def drop_old_vm(fds: FdStore) -> None:
+    """Close what belongs to the old VM: held open here, it would keep that VM alive."""
+    for name, index, _ in list(fds.items()):
+        if name in OLD_VM_FDS:
+            fds.remove(name, index)

@@ -26,7 +26,6 @@ from vmm.kvm import Exit, InternalError, SystemEvent, Vcpu, abi
 log = logging.getLogger(__name__)
 
 
-
 class ExitSink(Protocol):
     """What a vCPU thread reports upwards; called on the vCPU's thread, must not block."""
 
@@ -57,6 +56,7 @@ class VcpuThread:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._stop = False
         self._leaving = False
+        self._running = False
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._main, name=f"vcpu-{vcpu.index}", daemon=True)
         self._handlers: dict[int, Callable[[], None]] = {
@@ -82,24 +82,27 @@ class VcpuThread:
 
     def resume(self) -> None:
         """Have the thread run the guest until `pause`."""
-        self._stop = False
+        self._stop = self._leaving = False
+        self._running = True
         self._jobs.put(self._run)
 
     def pause(self) -> None:
         """End the run job at the next instruction boundary. Does not wait: `submit` a job to learn when it
         has ended.
         """
+        self._leaving = False
         self._stop = True
         self.kick()
 
     def leave(self) -> None:
         """End the run job without stopping the vCPU, which runs on until it needs a VMM. Does not wait."""
         self._leaving = self._stop = True
-        self.vcpu.leave()
+        if self._running:
+            self.vcpu.leave()
 
     def kick(self) -> None:
         """Make KVM_RUN return, now or the next time it is entered."""
-        if self._thread.is_alive():
+        if self._running:
             self.vcpu.kick()
 
     def stop_after_exit(self) -> None:
@@ -130,6 +133,12 @@ class VcpuThread:
                 self._sink.thread_failed(self.index, error)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            self._running = False
+
+    def _serve(self) -> None:
         vcpu, handlers, page = self.vcpu, self._handlers, self.vcpu.run_page
         if not self._may_run():
             raise VmmError(f"vCPU {self.index}: refused to enter the guest without the run token")

@@ -1,0 +1,176 @@
+"""The KVM side of a machine: its VM, its vCPUs and KVM's state, made anew or gone on with.
+
+Three origins, one shape. NEW: a VM made for a new guest. REBUILT: a VM made for a guest that another VMM
+stopped, to be loaded from the state memfd. ADOPTED: the very VM of that guest, driven on through the port
+that the machine is given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from enum import Enum
+from typing import ClassVar
+
+from vmm.boot.cpuid import cpuid_table, guest_cpuid, offers_1gib_pages
+from vmm.errors import StateError
+from vmm.fds import FdStore, check_received, sealed_memfd
+from vmm.kvm import Cap, Port, System, Vcpu, Vm, abi
+from vmm.kvm.capabilities import require
+from vmm.machine.config import MachineConfig
+from vmm.machine.kvm_state import XSAVE_SIZE, MsrList, VcpuState, VmState, vcpu_pieces, vm_pieces
+from vmm.memory import GuestMemory
+from vmm.state import Arena
+from vmm.state.arena import SIZE as ARENA_SIZE
+
+log = logging.getLogger(__name__)
+
+TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFFFB_D000, 0xFFFB_C000  # four pages below 4 GiB that no RAM covers
+
+
+class Origin(Enum):
+    """Where the machine's VM comes from."""
+
+    NEW = "new"
+    REBUILT = "rebuilt"
+    ADOPTED = "adopted"
+
+
+class HypervisorFacts(ctypes.LittleEndianStructure):
+    """What a VMM that adopts the VM must know of it without asking KVM: its vCPUs may be running."""
+
+    VERSION: ClassVar[int] = 1
+    _fields_ = (
+        ("tsc_khz", ctypes.c_uint32),
+        ("gigabyte_pages", ctypes.c_uint32),
+        ("tsc_offset", ctypes.c_uint64),
+    )
+
+
+class Hypervisor:
+    """The VM, its vCPUs, and their state's way into and out of the state memfd."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        fds: FdStore,
+        memory: GuestMemory,
+        arena: Arena,
+        port: Port,
+        origin: Origin,
+    ) -> None:
+        """Make the VM, or take its fds. Raises HostError, StateError."""
+        self.origin = origin
+        self.port = port
+        self._config = config
+        self._arena = arena
+        self.facts = arena.place("hypervisor", 0, HypervisorFacts)
+        if origin is Origin.ADOPTED:
+            self._system = System()
+            self._take(fds)
+        else:
+            self._system = System(port=port)
+            require(self._system)
+            self._make(memory)
+        self._open_states(fds)
+        if origin is Origin.NEW:
+            self.note_tsc()
+
+    # --- made anew ---
+
+    def _make(self, memory: GuestMemory) -> None:
+        self.vm = vm = self._system.create_vm()
+        vm.set_tss_address(TSS_ADDRESS)
+        vm.set_identity_map(IDENTITY_MAP_ADDRESS)
+        for capability in (Cap.EXCEPTION_PAYLOAD, Cap.X86_TRIPLE_FAULT_EVENT):
+            if vm.check(capability):
+                vm.enable_cap(capability, 0, 1)
+        for slot, region in enumerate(memory.regions):
+            vm.set_memory(slot, region.gpa, region.size, region.hva, region.fd, 0)
+        if self._config.irqchip == "kernel":
+            vm.create_irqchip()
+            vm.create_pit()
+        elif self._config.irqchip == "split":
+            vm.enable_cap(Cap.SPLIT_IRQCHIP, 0, 24)
+        block = self._system.supported_cpuid()
+        supported = block.entries[: block.nent]
+        self.vcpus = [self._make_vcpu(index, supported) for index in range(self._config.cpus)]
+        if self.origin is Origin.NEW:
+            self.facts.tsc_khz = self.vcpus[0].tsc_khz
+            self.facts.gigabyte_pages = offers_1gib_pages(supported)
+
+    def _make_vcpu(self, index: int, supported: Sequence[abi.kvm_cpuid_entry2]) -> Vcpu:
+        vcpu = self.vm.create_vcpu(index)
+        deadline = bool(self.vm.check(Cap.TSC_DEADLINE_TIMER)) and self._config.irqchip != "none"
+        entries = guest_cpuid(
+            supported, index, self._config.cpus, tsc_deadline=deadline, tsc_khz=vcpu.tsc_khz
+        )
+        vcpu.set_cpuid(cpuid_table(entries))
+        return vcpu
+
+    # --- gone on with ---
+
+    def _take(self, fds: FdStore) -> None:
+        vm_fd = fds.take("vm")
+        if vm_fd is None:
+            raise StateError("fd vm/0 is missing from the fd table")
+        self.vm = Vm(vm_fd, self.port, self._system.mmap_size)
+        self.vcpus = []
+        for index in range(self._config.cpus):
+            fd = fds.take("vcpu", index)
+            if fd is None:
+                raise StateError(f"fd vcpu/{index} is missing from the fd table")
+            self.vcpus.append(Vcpu(fd, index, self.port, self._system.mmap_size))
+
+    # --- state ---
+
+    def _open_states(self, fds: FdStore) -> None:
+        """The sections that state goes to, and a second set in a memfd of its own: the state of the VM at
+        birth, which a reset goes back to.
+        """
+        lapic, chips = self._config.irqchip != "none", self._config.irqchip == "kernel"
+        if self.origin is Origin.ADOPTED:
+            section = self._arena.find("vcpu/xsave", 0)
+            has, xsave_size = self._system.check, XSAVE_SIZE if section is None else section.size
+            msrs = MsrList.of(self._arena)
+        else:
+            has, xsave_size = self.vm.check, self.vm.xsave_size
+            msrs = MsrList.probe(self.vcpus[0], self._system.msr_index_list())
+        pieces = vcpu_pieces(has, xsave_size=xsave_size, in_kernel_lapic=lapic)
+        of_vm = vm_pieces(irqchip=chips, pit=chips)
+        born = fds.find("fresh") is None
+        fd = fds.get_or_open("fresh", 0, lambda: sealed_memfd("vmm-fresh", ARENA_SIZE))
+        check_received("fresh", 0, fd, ARENA_SIZE)
+        fresh = Arena(fd, create=born)
+        self._fresh_vcpus = [VcpuState(fresh, vcpu, pieces, msrs) for vcpu in self.vcpus]
+        self._fresh_vm = VmState(fresh, self.vm, of_vm)
+        if born:
+            for state in self._fresh_vcpus:
+                state.save()
+            self._fresh_vm.save()
+        self.vcpu_states = [VcpuState(self._arena, vcpu, pieces, msrs) for vcpu in self.vcpus]
+        self.vm_state = VmState(self._arena, self.vm, of_vm)
+
+    def note_tsc(self) -> None:
+        """Remember the TSC offset, which cannot be asked for while the vCPU runs. Call it while it does
+        not.
+        """
+        if self.vm.check(Cap.VCPU_ATTRIBUTES):
+            self.facts.tsc_offset = self.vcpus[0].tsc_offset
+
+    def restore_birth_state(self) -> None:
+        """Give vCPUs and VM the state they had before the guest first ran; the TSC goes on."""
+        for state in self._fresh_vcpus:
+            offset = state.vcpu.tsc_offset
+            state.load()
+            state.vcpu.tsc_offset = offset
+        self._fresh_vm.load()
+
+    def close(self, *, for_good: bool) -> None:
+        """Close the fds; with `for_good` the VM ends even where it could live on. No vCPU may be in `run`."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.vm.close()
+        self._system.close()
+        self.port.close(for_good=for_good)

@@ -220,7 +220,7 @@ def _is_settled(node: Node) -> bool:
 
 
 def _is_undecided(node: Node) -> bool:
-    """The one wait that only the new VMM can end, by going on or by dying: it was stopped with the lock, before
+    """The one wait that only the new VMM can end, by going on or by dying: stopped with the lock, before
     it moved the epoch. Nobody else may run the guest then.
     """
     world = node.world

@@ -205,15 +205,13 @@ def check_epoch(world: World, side: int) -> Outcomes:
 # --- the old VMM's steps ---
 
 
-def wait_ready(world: World, side: int) -> Outcomes:
+def await_hang_up(world: World, side: int) -> Outcomes:
     failures = own_failures(world, side, "timeout", "broken", "cancelled")
     if world.cpr.inbox[side]:
         return [("refused", world), *failures]
-    return (
-        failures
-        if all(world.cpr.open)
-        else [("ok", world.with_channel("cpr", world.cpr.close(side))), *failures]
-    )
+    if all(world.cpr.open):
+        return failures
+    return [("ok", world.with_channel("cpr", world.cpr.close(side))), *failures]
 
 
 def connect_main(world: World, side: int) -> Outcomes:
@@ -315,7 +313,8 @@ def refuse(world: World, side: int) -> Outcomes:
 
 STEPS: dict[str, Step] = {
     "offer": send("cpr", "offer"),
-    "wait_ready": wait_ready,
+    "receive_ready": receive("cpr", "ready"),
+    "await_hang_up": await_hang_up,
     "connect_main": connect_main,
     "pause": pause,
     "send_state": send("main", "state", lambda world: world._replace(stated=True)),
@@ -336,6 +335,7 @@ STEPS: dict[str, Step] = {
     "receive_offer": receive("cpr", "offer"),
     "build": build,
     "listen_main": listen_main,
+    "send_ready": send("cpr", "ready"),
     "hang_up_cpr": hang_up_cpr,
     "receive_state": receive_state,
     "load": load,
@@ -354,6 +354,11 @@ class ModelOutgoing(OracleWorld):
     def __init__(self) -> None:
         super().__init__(outgoing.check_transition, outgoing.Phase.IDLE)
 
+    async def wait_ready(self) -> None:
+        """A word and a hang-up."""
+        await ask("receive_ready")
+        await ask("await_hang_up")
+
     async def ask_token(self) -> TokenVerdict:
         """As `LiveOutgoing.ask_token`, in the steps that another process can come between."""
         if await ask("look_at_epoch") == "moved":
@@ -370,8 +375,9 @@ class ModelIncoming(OracleWorld):
         super().__init__(incoming.check_transition, incoming.Phase.LISTENING)
 
     async def listen_main(self) -> None:
-        """Another process can come between the two."""
+        """Another process can come in between."""
         await ask("listen_main")
+        await ask("send_ready")
         await ask("hang_up_cpr")
 
     async def take_token(self) -> bool:

@@ -5,6 +5,7 @@ coroutine with a line or two changed, or the world with one step that does wrong
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ from vmm.cpr import incoming, outgoing
 
 def mutant(module: ModuleType, *changes: tuple[str, str]) -> Callable[[Any], Any]:
     """The module's coroutine with each `(is, becomes)` applied to its source, where `is` stands once."""
-    source = inspect.getsource(module)
+    source = re.sub("  # noqa: .*", "", inspect.getsource(module))
     for old, new in changes:
         assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__name__}"
         source = source.replace(old, new)

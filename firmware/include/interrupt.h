@@ -24,6 +24,9 @@ typedef void interrupt_handler(struct interrupt_frame *frame);
 void interrupts_init(void);
 /* Vectors 32 and up; before interrupts are on. */
 void interrupt_claim(u8 vector, interrupt_handler *handler);
+/* Read and write an MSR; false if the machine has not got it, or does not take the value. After interrupts_init(). */
+bool msr_probe(u32 msr, u64 *value);
+bool msr_try(u32 msr, u64 value);
 /* NMIs that this guest has had, on all vCPUs. */
 u64 nmi_count(void);
 
@@ -37,6 +40,7 @@ void pic_eoi(void);
 u32 pit_start(u32 hz);
 
 #define LAPIC_ID 0x20
+#define LAPIC_VERSION 0x30
 #define LAPIC_TPR 0x80
 #define LAPIC_EOI 0xb0
 #define LAPIC_LDR 0xd0

@@ -31,14 +31,17 @@
 #define PIC_SLAVE_COMMAND 0xa0
 #define PIC_SLAVE_DATA 0xa1
 #define PIC_EOI 0x20
+#define PIC_MASTER_ELCR 0x4d0 /* edge/level control: Intel 82371 data sheet */
+#define PIC_SLAVE_ELCR 0x4d1
+#define ELCR_IRQ9_TO_11 0x0e
 
 #define PIT_CHANNEL0 0x40
 #define PIT_CHANNEL2 0x42
 #define PIT_COMMAND 0x43
 #define PIT_HZ 1193182
 
-/* The pattern device (firmware/README.md, "The test device"). */
+/* The test device (firmware/README.md). */
 #define TESTDEV_STREAM 0x5f0
-#define TESTDEV_SUM 0x5f4
+#define TESTDEV_COUNT 0x5f4
 
 #endif

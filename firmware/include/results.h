@@ -39,7 +39,7 @@ struct check_results {
 	u64 expected; /* by the last error */
 	u64 seen;
 	u64 where;
-	u64 reserved;
+	u64 value; /* a figure that the check keeps: see the table in README.md */
 };
 
 struct gap {

@@ -15,10 +15,7 @@ struct gate {
 	u32 offset_high, reserved;
 };
 
-struct descriptor_pointer {
-	u16 limit;
-	u64 base;
-} __attribute__((packed));
+extern const u8 msr_probe_access[], msr_try_access[], msr_fault[]; /* msr_probe.S */
 
 static struct gate idt[256] __attribute__((aligned(16)));
 static u64 nmis;
@@ -63,12 +60,21 @@ PLAIN(9)
 WITH_ERROR(10)
 WITH_ERROR(11)
 WITH_ERROR(12)
-WITH_ERROR(13)
 WITH_ERROR(14)
 PLAIN(16)
 WITH_ERROR(17)
 PLAIN(18)
 PLAIN(19)
+
+/* #GP: msr_probe() and msr_try() want to know; anywhere else it is the guest's end. */
+INTERRUPT static void on_exception_13(struct interrupt_frame *f, u64 error)
+{
+	volatile u64 *rip = &f->rip;
+
+	if (*rip != (u64)msr_probe_access && *rip != (u64)msr_try_access)
+		panic_exception(13, error, *rip);
+	*rip = (u64)msr_fault;
+}
 
 INTERRUPT static void on_spurious(struct interrupt_frame *frame)
 {

@@ -4,7 +4,6 @@
 #include "interrupt.h"
 #include "trampoline.h"
 
-#define MSR_EFER 0xc0000080
 #define EFER_LMA (1u << 10) /* set by the processor, not by software */
 #define ICR_INIT 0x4500 /* level asserted, edge, delivery mode INIT */
 #define ICR_STARTUP 0x4600
@@ -15,7 +14,7 @@
 struct trampoline_data {
 	u64 cr0, cr4, cr3, efer;
 	u64 stack_top, entry;
-	u8 gdt_pointer[16];
+	struct descriptor_pointer gdt_pointer __attribute__((aligned(16)));
 	void (*function)(void *);
 	void *argument;
 	volatile u32 arrived;
@@ -37,17 +36,12 @@ static void arrive(void)
 
 static void fill_in(void (*entry)(void *), void *argument, void *stack_top)
 {
-	u64 cr0, cr3, cr4;
-
 	for (u32 i = 0; i < (u32)(trampoline_end - trampoline); i++)
 		((volatile u8 *)TRAMPOLINE)[i] = trampoline[i];
-	__asm__ volatile("mov %%cr0, %0" : "=r"(cr0));
-	__asm__ volatile("mov %%cr3, %0" : "=r"(cr3));
-	__asm__ volatile("mov %%cr4, %0" : "=r"(cr4));
 	__asm__ volatile("sgdt %0" : "=m"(DATA->gdt_pointer));
-	DATA->cr0 = cr0;
-	DATA->cr3 = cr3;
-	DATA->cr4 = cr4;
+	DATA->cr0 = read_cr0();
+	DATA->cr3 = read_cr3();
+	DATA->cr4 = read_cr4();
 	DATA->efer = rdmsr(MSR_EFER) & ~(u64)EFER_LMA;
 	DATA->stack_top = (u64)stack_top;
 	DATA->entry = (u64)arrive;

@@ -1,36 +1,32 @@
 /*
- * counter: a counter on each vCPU that never skips or repeats. It is kept three times: as this check's count in the results
- * area, inverted in another page, and as one that is derived by a linear congruential step. Where: which copy.
+ * counter: a counter on each vCPU that never skips or repeats. It is kept in three forms: as this check's count in the
+ * results area, inverted, and as its multiple. Where: which form disagrees.
  */
 #include "sentinel.h"
 
-#define FACTOR 6364136223846793005ull /* Knuth's MMIX generator */
-#define INCREMENT 1442695040888963407ull
+#define FACTOR 6364136223846793005ull /* odd, so that no two counts have the same multiple */
 
 static struct {
-	u64 inverted;
-	u64 derived, derived_before;
-} copies[MAX_CPUS];
+	u64 inverted, multiple;
+} forms[MAX_CPUS];
 
 static void begin(struct vcpu *v)
 {
-	copies[v->index].inverted = ~0ull;
-	copies[v->index].derived = INCREMENT;
+	forms[v->index].inverted = ~0ull;
 }
 
 static void turn(struct vcpu *v)
 {
-	u64 *counter = &v->results->counts[CHECK_COUNTER];
-	u64 *inverted = &copies[v->index].inverted, *derived = &copies[v->index].derived;
-	u64 *derived_before = &copies[v->index].derived_before;
+	u64 *counter = &v->results->counts[CHECK_COUNTER], *inverted = &forms[v->index].inverted;
+	u64 *multiple = &forms[v->index].multiple, value = *counter;
 
-	expect(v, CHECK_COUNTER, *counter, ~*inverted, 1);
-	expect(v, CHECK_COUNTER, *derived, *derived_before * FACTOR + INCREMENT, 2);
-	*derived_before = *derived;
-	*derived = *derived * FACTOR + INCREMENT;
-	*inverted = ~++*counter;
+	expect(v, CHECK_COUNTER, value, ~*inverted, 1);
+	expect(v, CHECK_COUNTER, value * FACTOR, *multiple, 2);
+	*counter = ++value;
+	*inverted = ~value;
+	*multiple += FACTOR;
 	if (!v->index)
-		results.ticks = *counter;
+		results.ticks = value;
 }
 
 const struct check check_counter = {

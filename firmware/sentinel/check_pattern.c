@@ -8,7 +8,8 @@
 
 #define SPREAD 0x9e3779b97f4a7c15ull /* 2^64 / golden ratio: neighbours get unlike values */
 #define WORD_MASK 0xff8u /* offset of a word in its page */
-#define SECOND_WORD 0x800u
+#define HALF_PAGE 0x800u
+#define OFFSET_STEP 40 /* from page to page */
 #define FOUR_GIB (4ull << 30)
 
 /* RAM that neither the VMM nor this image uses: see the map in README.md. Ends are of the boot info. */
@@ -20,6 +21,7 @@ static u64 stride;
 static u64 seed, seed_before; /* of this round and of the one before */
 static u32 range;
 static u64 page;
+static u32 offset; /* of the word in the page, before WORD_MASK */
 
 static u64 clip(struct range *r, u64 ram_end, u64 left)
 {
@@ -58,6 +60,7 @@ static void next_round(void)
 {
 	range = 0;
 	page = ranges[0].start;
+	offset = (u32)results.rounds * 8 + 8;
 	seed_before = seed;
 	seed = seed * SPREAD + 1;
 	results.rounds++;
@@ -66,6 +69,7 @@ static void next_round(void)
 static void next_page(void)
 {
 	page += stride;
+	offset += OFFSET_STEP;
 	while (page >= ranges[range].end) {
 		if (++range == ARRAY_SIZE(ranges)) {
 			next_round();
@@ -75,33 +79,25 @@ static void next_page(void)
 	}
 }
 
-static inline u64 value_at(u64 gpa, u64 of_seed)
+/* The word before this round's, and its other half page, where its complement is. */
+static void verify(struct vcpu *v, u64 gpa)
 {
-	return (gpa ^ of_seed) * SPREAD;
-}
+	u64 value = (gpa ^ seed_before) * SPREAD;
 
-static inline void verify(struct vcpu *v, u64 gpa)
-{
-	expect(v, CHECK_PATTERN, value_at(gpa, seed_before), *(volatile u64 *)gpa, gpa);
-}
-
-static inline void rewrite(u64 gpa)
-{
-	*(volatile u64 *)gpa = value_at(gpa, seed);
+	expect(v, CHECK_PATTERN, value, *(volatile u64 *)gpa, gpa);
+	expect(v, CHECK_PATTERN, ~value, *(volatile u64 *)(gpa ^ HALF_PAGE), gpa ^ HALF_PAGE);
 }
 
 static void turn(struct vcpu *v)
 {
-	u64 offset = ((page >> 12) * 40 + results.rounds * 8) & WORD_MASK;
+	u64 gpa, value;
 
-	if (results.rounds) {
-		u64 old = (offset - 8) & WORD_MASK;
-
-		verify(v, page + old);
-		verify(v, page + (old ^ SECOND_WORD));
-	}
-	rewrite(page + offset);
-	rewrite(page + (offset ^ SECOND_WORD));
+	if (results.rounds)
+		verify(v, page + ((offset - 8) & WORD_MASK));
+	gpa = page + (offset & WORD_MASK);
+	value = (gpa ^ seed) * SPREAD;
+	*(volatile u64 *)gpa = value;
+	*(volatile u64 *)(gpa ^ HALF_PAGE) = ~value;
 	count(v, CHECK_PATTERN);
 	next_page();
 }
@@ -109,7 +105,7 @@ static void turn(struct vcpu *v)
 const struct check check_pattern = {
 	.id = CHECK_PATTERN,
 	.name = "pattern",
-	.flags = EVERY_TURN | FIRST_CPU,
+	.flags = OFTEN | FIRST_CPU,
 	.prepare = prepare,
 	.turn = turn,
 };

@@ -18,10 +18,32 @@ static const struct check *const checks[] = {
 	&check_tsc,
 	&check_counter,
 	&check_pattern,
+	&check_cpus,
+	&check_tscsync,
+	&check_ipi,
+	&check_pit,
+	&check_timer,
+	&check_hlt,
+	&check_debug,
+	&check_registers,
+	&check_kvmclock,
+	&check_paging,
+	&check_lapic,
+	&check_pic,
+	&check_ioapic,
+	&check_pio,
+	&check_mmio,
+	&check_x87,
+	&check_xmm,
+	&check_ymm,
+	&check_msr, /* these three also hold what they find, so they come after all that change it */
+	&check_control,
+	&check_cpuid,
 };
 
 struct vcpu vcpus[MAX_CPUS];
 u32 cpu_count = 1;
+u64 stall_cycles;
 
 static u8 stacks[MAX_CPUS][STACK_SIZE] __attribute__((aligned(16)));
 static u64 rounds_wanted;
@@ -51,6 +73,8 @@ static void prepare_checks(void)
 
 static void begin_checks(struct vcpu *v)
 {
+	const struct check *often = NULL;
+
 	for (u32 i = 0; i < ARRAY_SIZE(checks); i++) {
 		const struct check *check = checks[i];
 
@@ -58,19 +82,26 @@ static void begin_checks(struct vcpu *v)
 			continue;
 		if (check->begin)
 			check->begin(v);
-		if (check->flags & EVERY_TURN)
+		if (check->flags & EVERY_TURN) {
 			v->every[v->every_count++] = check->turn;
-		else
+		} else {
 			v->rotating[v->rotating_count++] = check->turn;
+			if (check->flags & OFTEN)
+				often = check;
+			else if (often)
+				v->rotating[v->rotating_count++] = often->turn;
+		}
 	}
 }
 
-static void console_turn(struct vcpu *v)
+static inline void console_turn(struct vcpu *v)
 {
-	report_turn();
+	if (report_active)
+		report_turn();
 	if (v->turns_to_poll--)
 		return;
 	v->turns_to_poll = TURNS_BETWEEN_POLLS;
+	results.nmis = nmi_count();
 	if (rounds_wanted && results.rounds >= rounds_wanted)
 		report_request(true);
 	switch (serial_get()) {
@@ -147,6 +178,7 @@ int main(void)
 
 	serial_init();
 	results_init(info->flags & BOOT_IRQCHIP ? info->cpus : 1, info->tsc_khz, option_number("gap_us", 200));
+	stall_cycles = microseconds(option_number("stall_ms", STALL_MS) * 1000);
 	rounds_wanted = option_number("rounds", 0);
 	for (u32 i = 0; i < MAX_CPUS; i++) {
 		vcpus[i].self = &vcpus[i];

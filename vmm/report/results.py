@@ -77,7 +77,7 @@ class CheckLayout(ctypes.LittleEndianStructure):
         ("expected", ctypes.c_uint64),
         ("seen", ctypes.c_uint64),
         ("where", ctypes.c_uint64),
-        ("reserved", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
     )
 
 
@@ -154,7 +154,9 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class CheckResults:
-    """One check over all vCPUs; `expected`, `seen` and `where` are those of its last error."""
+    """One check over all vCPUs; `expected`, `seen` and `where` are those of its last error, `value` is a figure
+    that the check keeps (firmware/README.md).
+    """
 
     id: int
     name: str
@@ -164,6 +166,7 @@ class CheckResults:
     expected: int
     seen: int
     where: int
+    value: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +325,7 @@ def _check(slot: int, layout: CheckLayout, count: int) -> CheckResults:
         expected=layout.expected,
         seen=layout.seen,
         where=layout.where,
+        value=layout.value,
     )
 
 

@@ -1,0 +1,144 @@
+/*
+ * timer: each vCPU's LAPIC timer comes when it is due, by the TSC: not early, and not never. It goes through the timer's modes
+ * in turn: TSC deadline (if CPUID has it), one-shot, periodic. Where: the mode. Expected, seen: TSC.
+ */
+#include "boot.h"
+#include "cpu.h"
+#include "interrupt.h"
+#include "sentinel.h"
+
+#define PERIOD_US 20000
+#define IN_A_MODE 50 /* interrupts */
+#define SLACK_US 200 /* early: what calibrating the bus clock against the TSC may be off in one period */
+#define CALIBRATION_US 5000
+#define CPUID1_ECX_TSC_DEADLINE (1u << 24)
+#define LONGEST 0xffffffffu
+
+enum mode { DEADLINE, ONESHOT, PERIODIC, MODES };
+
+static const u32 lvt[MODES] = { LVT_TIMER_TSC_DEADLINE, LVT_TIMER_ONESHOT, LVT_TIMER_PERIODIC };
+
+static struct timer {
+	enum mode mode;
+	u32 left; /* interrupts in this mode */
+	u32 looks; /* at an overdue one */
+	volatile u64 due;
+	u64 overdue_since;
+	u64 periodic_since;
+} timers[MAX_CPUS];
+static u64 period, slack; /* TSC cycles */
+static u32 bus_period; /* LAPIC timer counts */
+static bool has_deadline;
+
+u64 timer_due(struct vcpu *v)
+{
+	return timers[v->index].due;
+}
+
+static void enter_mode(struct timer *t, u64 now)
+{
+	if (++t->mode >= MODES)
+		t->mode = has_deadline ? DEADLINE : ONESHOT;
+	t->left = IN_A_MODE;
+	t->periodic_since = now;
+	lapic_write(LAPIC_LVT_TIMER, lvt[t->mode] | VECTOR_TIMER);
+	if (t->mode == PERIODIC)
+		lapic_write(LAPIC_TIMER_INITIAL, bus_period);
+}
+
+static void arm(struct timer *t, u64 now)
+{
+	t->overdue_since = 0;
+	t->due = now + period;
+	if (t->mode == DEADLINE)
+		wrmsr(MSR_TSC_DEADLINE, t->due);
+	else if (t->mode == ONESHOT)
+		lapic_write(LAPIC_TIMER_INITIAL, bus_period);
+}
+
+/* In periodic mode an interrupt that was served late is followed by one that seems early: there the sum counts. */
+static u64 earliest(const struct timer *t)
+{
+	if (t->mode == PERIODIC)
+		return t->periodic_since + period * (IN_A_MODE - t->left + 1) - slack * IN_A_MODE;
+	return t->due - slack;
+}
+
+INTERRUPT static void on_timer(struct interrupt_frame *frame)
+{
+	struct vcpu *v = this_vcpu();
+	struct timer *t = &timers[v->index];
+	u64 now = rdtsc();
+
+	(void)frame;
+	if (now < earliest(t))
+		violate(v, CHECK_TIMER, earliest(t), now, t->mode);
+	v->interrupts++;
+	count(v, CHECK_TIMER);
+	if (!--t->left)
+		enter_mode(t, now);
+	arm(t, now);
+	lapic_eoi();
+}
+
+static void calibrate(void)
+{
+	u64 start, passed;
+	u32 left;
+
+	lapic_write(LAPIC_TIMER_DIVIDE, LAPIC_DIVIDE_BY_1);
+	lapic_write(LAPIC_LVT_TIMER, LVT_MASKED | VECTOR_TIMER);
+	lapic_write(LAPIC_TIMER_INITIAL, LONGEST);
+	start = rdtsc();
+	while (rdtsc() - start < microseconds(CALIBRATION_US))
+		pause();
+	left = lapic_read(LAPIC_TIMER_CURRENT);
+	passed = rdtsc() - start;
+	lapic_write(LAPIC_TIMER_INITIAL, 0);
+	bus_period = (u32)((u64)(LONGEST - left) * period / passed);
+}
+
+static bool prepare(void)
+{
+	if (!(boot_info()->flags & BOOT_IRQCHIP))
+		return false;
+	period = microseconds(PERIOD_US);
+	slack = microseconds(SLACK_US);
+	has_deadline = cpuid(1, 0).ecx & CPUID1_ECX_TSC_DEADLINE;
+	lapic_init(true);
+	calibrate();
+	interrupt_claim(VECTOR_TIMER, on_timer);
+	return true;
+}
+
+static void begin(struct vcpu *v)
+{
+	struct timer *t = &timers[v->index];
+	u64 now = rdtsc();
+
+	t->mode = v->index % MODES;
+	enter_mode(t, now);
+	arm(t, now);
+}
+
+static void turn(struct vcpu *v)
+{
+	struct timer *t = &timers[v->index];
+
+	if (v->now <= t->due)
+		return;
+	if (!t->overdue_since) {
+		t->overdue_since = v->now;
+		t->looks = 0;
+	} else if (++t->looks > STALL_LOOKS && v->now - t->overdue_since > stall_cycles) {
+		violate(v, CHECK_TIMER, t->due, v->now, t->mode);
+	}
+}
+
+const struct check check_timer = {
+	.id = CHECK_TIMER,
+	.name = "timer",
+	.prepare = prepare,
+	.begin = begin,
+	.turn = turn,
+};

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import threading
@@ -38,9 +39,21 @@ from vmm.state import Arena
 from vmm.trace import Tracer
 
 log = logging.getLogger(__name__)
+
+W = TypeVar("W", outgoing.OutgoingWorld, incoming.IncomingWorld)
 T = TypeVar("T")
 
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that computes may keep the interpreter from one that wakes up
+
+
+def _faulty(world: W) -> W:
+    """`world`, with the faults that a test asks for in VMM_FAULT."""
+    text = os.environ.get("VMM_FAULT")
+    if text is None:
+        return world
+    from vmm.cpr.faults import inject
+
+    return inject(world, text)
 
 
 @dataclass(frozen=True)
@@ -465,7 +478,7 @@ class VmmProcess:
 
     def _carry_out(self, world: LiveOutgoing) -> None:
         try:
-            phase = run(outgoing.outgoing(world))
+            phase = run(outgoing.outgoing(_faulty(world)))
         except BaseException as error:
             self.failed(error)
             raise
@@ -488,7 +501,7 @@ class VmmProcess:
             cpr_path=self._options.incoming.cpr_path,
             main_path=self._options.incoming.main_path,
             build=self._build_received,
-            timeouts=self._timeouts,
+            timeouts=lambda: self._timeouts,
             tracer=self._tracer,
             on_phase=self._on_incoming_phase,
         )
@@ -541,7 +554,7 @@ class VmmProcess:
 
     def _carry_in(self, world: LiveIncoming) -> None:
         try:
-            phase = run(incoming.incoming(world))
+            phase = run(incoming.incoming(_faulty(world)))
         except BaseException as error:
             self.failed(error)
             raise

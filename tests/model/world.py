@@ -11,8 +11,8 @@ any moment, since a deadline knows nothing of what the other side is doing: so a
 treatment, nor one that is stopped and continued. A guest that is handed over paused differs in nothing: who
 has it may run it at any time.
 
-What is assumed: a process that has begun to die drops its lock while the others still ask for it (they do so
-for `vmm.cpr.live.TOKEN_TRIES` turns).
+What is assumed: a process that has begun to die drops its lock while the others still ask for it
+(`vmm.cpr.live.Timeouts.commit_s` says for how long they do).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ arrive in a message that turns out to be unusable are closed, whatever the error
 from __future__ import annotations
 
 import array
+import errno
 import os
 import select
 import socket
@@ -246,6 +247,14 @@ class Channel:
             return False
         finally:
             self.close()
+
+    def hang_up(self) -> None:
+        """Shut the connection down for both peers; it is still to be closed."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
 
     def _drop_fds(self) -> None:
         while self._fds:

@@ -44,12 +44,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 NAP_S = 0.02
-TOKEN_TRIES = 100  # two seconds: a dying process may close its sockets before the kernel drops its locks
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long each side waits, in seconds."""
+    """How long each side waits, in seconds. `commit_s` is also how long it goes on asking for the token of a
+    process that may be dying: the kernel may close its sockets well before it drops its locks.
+    """
 
     setup_s: float = 30.0
     prepare_s: float = 5.0
@@ -148,6 +149,11 @@ class LiveOutgoing:
         self._was_running = False
         self._peer: int | None = None
 
+    @property
+    def channels(self) -> list[Channel]:
+        """Those that are connected."""
+        return [channel for channel in (self._cpr, self._main) if channel is not None]
+
     def connect_cpr(self) -> None:
         """Connect early, so that `migrate` itself can answer with what is wrong. Raises PeerError."""
         self._tracer.mark("migrate")
@@ -243,19 +249,19 @@ class LiveOutgoing:
 
     def _outlast(self) -> TokenVerdict:
         """The new VMM has moved the epoch: does it hold the token for good, or is it dying?"""
-        for _ in range(TOKEN_TRIES):
-            if not self._token.held_elsewhere():
-                return TokenVerdict.LOST
+        deadline = time.monotonic() + self._timeouts.commit_s
+        while self._token.held_elsewhere():
+            if time.monotonic() > deadline:
+                return TokenVerdict.TAKEN
             time.sleep(NAP_S)
-        return TokenVerdict.TAKEN
+        return TokenVerdict.LOST
 
     async def nap(self) -> None:
         time.sleep(NAP_S)  # noqa: ASYNC251 -- this world has a thread of its own
 
     async def withdraw(self, reason: str) -> None:
-        for channel in (self._cpr, self._main):
-            if channel is not None:
-                _say_last(channel, Cancel(reason[:LARGEST_REASON]))
+        for channel in self.channels:
+            _say_last(channel, Cancel(reason[:LARGEST_REASON]))
         self._cpr = self._main = None
         self._machine.release_fds()
 
@@ -283,11 +289,14 @@ class LiveIncoming:
         cpr_path: str,
         main_path: str,
         build: Callable[[bytes, FdStore, RunToken], tuple[IncomingMachine, Choice]],
-        timeouts: Timeouts,
+        timeouts: Callable[[], Timeouts],
         tracer: Tracer,
         on_phase: Callable[[incoming.Phase, str | None], None],
     ) -> None:
-        """Listen on cpr at once; the old VMM may come any time. Raises HandoverError where that cannot be."""
+        """Listen on cpr at once; the old VMM may come any time. Raises HandoverError where that cannot be.
+
+        `timeouts` is asked when it comes: until then the operator may change them.
+        """
         self.phase = incoming.Phase.LISTENING
         self.cancel = CancelSwitch()
         self.fds = FdStore()
@@ -295,7 +304,8 @@ class LiveIncoming:
         self.machine: IncomingMachine | None = None
         self._main_path = main_path
         self._build = build
-        self._timeouts = timeouts
+        self._timeouts = Timeouts()
+        self._ask_timeouts = timeouts
         self._tracer = tracer
         self._on_phase = on_phase
         self._cpr_listener = Listener(cpr_path)
@@ -306,6 +316,11 @@ class LiveIncoming:
         self._state: State | None = None
         self._choice: Choice | None = None
 
+    @property
+    def channels(self) -> list[Channel]:
+        """Those that are connected."""
+        return [channel for channel in (self._cpr, self._main) if channel is not None]
+
     def enter(self, phase: incoming.Phase, error: str | None = None) -> None:
         incoming.check_transition(self.phase, phase)
         self.phase = phase
@@ -314,6 +329,7 @@ class LiveIncoming:
     async def receive_offer(self) -> None:
         self._cpr = self._cpr_listener.accept(None, self.cancel)
         self._cpr_listener.close()
+        self._timeouts = self._ask_timeouts()
         message, fds = self._cpr.receive(self._timeouts.setup_s)
         try:
             offer = expect(message, Offer)
@@ -369,12 +385,13 @@ class LiveIncoming:
     async def take_token(self) -> bool:
         assert self.token is not None
         assert self._state is not None
-        for _ in range(TOKEN_TRIES):
-            if self.token.take(self._state.epoch):
-                self._tracer.mark("token-taken")
-                return True
+        deadline = time.monotonic() + self._timeouts.commit_s
+        while not self.token.take(self._state.epoch):
+            if time.monotonic() > deadline:
+                return False
             time.sleep(NAP_S)  # noqa: ASYNC251 -- as above
-        return False
+        self._tracer.mark("token-taken")
+        return True
 
     async def run(self) -> None:
         assert self.machine is not None
@@ -391,9 +408,8 @@ class LiveIncoming:
             self._main = None
 
     async def refuse(self, reason: str) -> None:
-        for channel in (self._cpr, self._main):
-            if channel is not None:
-                _say_last(channel, Refuse(reason[:LARGEST_REASON]))
+        for channel in self.channels:
+            _say_last(channel, Refuse(reason[:LARGEST_REASON]))
         self._cpr = self._main = None
         for listener in (self._cpr_listener, self._main_listener):
             if listener is not None:

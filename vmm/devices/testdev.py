@@ -1,0 +1,110 @@
+"""The test device of firmware/README.md, which the sentinel guest checks: it counts what reaches it.
+
+So a guest can tell an access that was lost from one that happened twice. Nothing else may ever count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from typing import ClassVar
+
+from vmm.state import Arena
+
+PORTS = 8
+PAGE = 0x1000
+STREAM, COUNT = (0, 1), (4, 4)  # offset and width in bytes, among the ports
+LATCH = (0, 8)  # and in the page
+IDENTITY = 0x5453_4554  # "TEST"
+REGISTERS = struct.Struct("<QI4xIIII")  # latch plus its writes; writes; count, sum, stream reads, identity
+U32, U64 = (1 << 32) - 1, (1 << 64) - 1
+
+
+class TestState(ctypes.LittleEndianStructure):
+    """What the device has counted; all zero at power-on."""
+
+    VERSION: ClassVar[int] = 1
+    latch: int
+    latch_writes: int
+    count: int
+    sum: int
+    reads: int
+    _fields_ = (
+        ("latch", ctypes.c_uint64),
+        ("latch_writes", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("sum", ctypes.c_uint32),
+        ("reads", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+
+
+class TestDevice:
+    """Both halves of the device: `ports` and `registers` are for the two buses. Thread-safe."""
+
+    def __init__(self, arena: Arena, instance: int = 0) -> None:
+        """Work on section `testdev/instance`, a new or a received one."""
+        state = arena.place("testdev", instance, TestState)
+        lock = threading.Lock()
+        self.ports = _Ports(state, lock)
+        self.registers = _Registers(state, lock)
+
+
+class _Ports:
+    """The byte stream, and its count."""
+
+    def __init__(self, state: TestState, lock: threading.Lock) -> None:
+        self._state = state
+        self._lock = lock
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The stream's next byte, or the count; all ones for an access that is neither."""
+        state = self._state
+        with self._lock:
+            if (offset, size) == STREAM:
+                value = state.reads & 0xFF
+                state.reads = (state.reads + 1) & U32
+                return bytes((value,))
+            if (offset, size) == COUNT:
+                return state.count.to_bytes(4, "little")
+        return b"\xff" * size
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Append a byte to the stream, or set all that is counted of it to zero."""
+        state = self._state
+        with self._lock:
+            if (offset, len(data)) == STREAM:
+                state.count = (state.count + 1) & U32
+                state.sum = ((state.sum << 1 | state.sum >> 31) + data[0]) & U32
+            elif (offset, len(data)) == COUNT:
+                state.count = state.sum = state.reads = 0
+
+
+class _Registers:
+    """The latch, and what has been counted."""
+
+    def __init__(self, state: TestState, lock: threading.Lock) -> None:
+        self._state = state
+        self._lock = lock
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes of the page; zeros behind the last register."""
+        state = self._state
+        with self._lock:
+            page = REGISTERS.pack(
+                (state.latch + state.latch_writes) & U64,
+                state.latch_writes & U32,
+                state.count,
+                state.sum,
+                state.reads,
+                IDENTITY,
+            )
+        return page[offset : offset + size].ljust(size, b"\0")
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Set the latch; other writes are ignored."""
+        if (offset, len(data)) == LATCH:
+            with self._lock:
+                self._state.latch = int.from_bytes(data, "little")
+                self._state.latch_writes = (self._state.latch_writes + 1) & U64

@@ -34,6 +34,7 @@ enum check_id {
 	CHECK_LAPIC = 22,
 	CHECK_PIC = 23,
 	CHECK_IOAPIC = 24,
+	CHECK_MTRR = 25,
 };
 
 /*
@@ -63,6 +64,7 @@ enum check_flags {
 	OFTEN = 2, /* that, but every other turn is this one's; for one check at most */
 	FIRST_CPU = 4, /* else on every vCPU */
 	FPU = 8, /* executes FPU instructions, which not every KVM can emulate: only with the option fpu=1 */
+	ON_REQUEST = 16, /* only if named in also= or checks= */
 };
 
 struct check {
@@ -76,7 +78,7 @@ struct check {
 
 extern const struct check check_tsc, check_counter, check_pattern, check_cpus, check_tscsync, check_ipi, check_pit, check_timer,
 	check_hlt, check_msr, check_debug, check_kvmclock, check_paging, check_pio, check_mmio, check_x87, check_xmm, check_ymm,
-	check_registers, check_control, check_cpuid, check_lapic, check_pic, check_ioapic;
+	check_registers, check_control, check_cpuid, check_lapic, check_pic, check_ioapic, check_mtrr;
 
 extern struct vcpu vcpus[MAX_CPUS];
 extern u32 cpu_count; /* vCPUs that run */

@@ -25,6 +25,7 @@ from vmm.cpr.protocol import (
     Cancel,
     Commit,
     FdEntry,
+    Method,
     Offer,
     Prepared,
     Ready,
@@ -93,7 +94,7 @@ class Choice:
     fd.
     """
 
-    method: str
+    method: Method
     why: str
     received: bool
     probe: str

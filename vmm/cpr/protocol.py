@@ -23,7 +23,7 @@ count are checked before anything is allocated.
 from __future__ import annotations
 
 import struct
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -37,6 +37,8 @@ LARGEST_BODY = 1 << 20
 MOST_FDS = 1024
 FDS_PER_BATCH = 250  # below the kernel's SCM_MAX_FD, 253
 LARGEST_REASON = 4096
+
+Method = Literal["adopt", "rebuild"]
 
 
 class FdEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,7 +72,7 @@ class Ready(Message, frozen=True, tag="ready"):
     is the kernel's answer on the VM fd that came, `why` how the one follows from the other.
     """
 
-    method: str
+    method: Method
     why: str
     received: bool
     probe: str

@@ -7,6 +7,7 @@ each. The tables are bounded, so that a hostile guest can fill neither memory no
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from bisect import bisect_right
 from typing import Protocol
@@ -38,8 +39,11 @@ class Bus:
         self.unclaimed_elsewhere = 0
         self._starts: list[int] = []
         self._ranges: list[tuple[int, int, BusDevice, str]] = []  # start, end (exclusive), device, label
+        self._states: dict[int, ctypes.Structure] = {}  # start of the range -> its device's state
 
-    def attach(self, start: int, size: int, device: BusDevice, label: str) -> None:
+    def attach(
+        self, start: int, size: int, device: BusDevice, label: str, state: ctypes.Structure | None = None
+    ) -> None:
         """Give `[start, start + size)` to `device`. Raises ConfigError on overlap or a range beyond the
         bus.
         """
@@ -54,6 +58,13 @@ class Bus:
         at = bisect_right(self._starts, start)
         self._starts.insert(at, start)
         self._ranges.insert(at, (start, end, device, label))
+        if state is not None:
+            self._states[start] = state
+
+    def state_at(self, address: int) -> ctypes.Structure | None:
+        """The state of the device that answers `address`, where it has one."""
+        found = self._lookup(address, 1)
+        return None if found is None else self._states.get(found[0])
 
     def ranges(self) -> list[tuple[int, int, str]]:
         """`(start, end, label)` of every range, ascending; `end` is exclusive."""

@@ -177,7 +177,7 @@ class VmmProcess:
         self._machine = self._new_machine(config, self._fds, self._token, port, Origin.ADOPTED)
         if not self._token.take(self._token.epoch()):
             raise HandoverError("another VMM runs the guest; use 'vmm handover' to replace it")
-        self._machine.resume(running=not self._machine.state.paused)
+        self._machine.resume(running=not self._machine.state.paused, after_crash=True)
         self._fds.vault = port
         self._own()
 

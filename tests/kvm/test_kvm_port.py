@@ -100,7 +100,7 @@ class RecordingPort:
     def go_on(self, vcpu_fd: int) -> None:
         self.calls.append(("go_on",))
 
-    def exits(self, vcpu_fd: int) -> int:
+    def pending_exit(self, vcpu_fd: int) -> int:
         return 0
 
     @property

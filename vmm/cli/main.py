@@ -14,6 +14,7 @@ from vmm import __version__
 # verb -> (module, one line); each module has add_arguments(parser) and run(arguments) -> exit status
 VERBS: dict[str, tuple[str, str]] = {
     "run": ("vmm.cli.run", "run a guest, or take one over (--incoming)"),
+    "attach": ("vmm.cli.attach", "give a guest that lost its VMM a fresh one"),
     "handover": ("vmm.cli.handover", "replace the VMM under a running guest"),
     "ctl": ("vmm.cli.ctl", "send QMP commands to a VM"),
     "console": ("vmm.cli.console", "talk to a VM's serial line"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to take a guest over (default auto)",
     )
     process.add_argument(
-        "--keeper", action="store_true", help="have a keeper own the VM, so that it outlives this process"
+        "--keeper",
+        action=argparse.BooleanOptionalAction,
+        help="have a keeper process own the VM, so that the guest outlives this process",
     )
     process.add_argument(
-        "--no-keeper", dest="keeper", action="store_false", help="own the VM in this process"
+        "--orphan-timeout",
+        type=float,
+        metavar="S",
+        help="seconds that the guest lives on without a VMM (default: for ever)",
+    )
+    process.add_argument(
+        "--restart",
+        choices=("never", "always"),
+        help="always: start a fresh VMM whenever the guest has lost its own (needs --name)",
     )
     process.add_argument("--paused", "-S", action="store_true", help="do not start the guest until 'cont'")
     process.add_argument("--verbose", "-v", action="count", default=0, help="more in the log; twice for all")
@@ -107,39 +118,70 @@ def given_values(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the process to its end; returns its exit status."""
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
-    logging.basicConfig(level=level, format=LOG_FORMAT, datefmt="%H:%M:%S")
+    start_logging(arguments.verbose)
     from vmm.cli.rundir import RunDir
     from vmm.machine.config import from_mapping
     from vmm.process import Options, VmmProcess
 
     values = given_values(arguments)
+    keeper = _process_option(values, arguments, "keeper", bool, False)
+    orphan_timeout_s = _process_option(values, arguments, "orphan_timeout", float, 0.0)
+    restart = _process_option(values, arguments, "restart", str, "never")
     incoming = _incoming(arguments.incoming) if arguments.incoming else None
-    paths = [_qmp_path(text) for text in arguments.qmp]
+    paths = [qmp_path(text) for text in arguments.qmp]
     options = Options(
         given=values,
         incoming=incoming,
         paused=arguments.paused,
         method=arguments.handover,
-        keeper=arguments.keeper,
+        keeper=keeper,
+        orphan_timeout_s=orphan_timeout_s,
     )
     if "name" in values:
         directory = RunDir(values["name"]).make()
-        if incoming is None and directory.lives():
-            raise UsageError(
-                f"a VM named {directory.name!r} runs already; choose another name or use 'vmm handover'"
-            )
+        if incoming is None and (directory.lives() or directory.kept()):
+            hint = "use 'vmm handover'" if directory.lives() else "use 'vmm attach'"
+            raise UsageError(f"a VM named {directory.name!r} runs already; choose another name or {hint}")
+        if restart == "always":
+            from vmm.cli.supervise import Supervisor
+
+            return Supervisor(directory).run([*sys.argv[2:], "--restart=never", "--keeper"])
         paths.append(str(directory.own_qmp()))
         options.owned, options.disowned = directory.claim, directory.disclaim
+        if keeper:
+            options.keeper_path = str(directory.own_keeper())
         if values.get("serial") == "unix":
             values["serial"] = f"unix:{directory.console}"
+    elif restart == "always":
+        raise UsageError("--restart always needs a --name to find the guest by")
     options.qmp_paths = tuple(paths)
     if incoming is None:
         options.config = from_mapping(values, "configuration")
     return VmmProcess(options).run()
 
 
-def _qmp_path(text: str) -> str:
+def start_logging(verbose: int) -> None:
+    """Log to stderr: warnings, with one -v what happens, with two everything."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format=LOG_FORMAT, datefmt="%H:%M:%S")
+
+
+def _process_option(
+    values: dict[str, Any], arguments: argparse.Namespace, key: str, kind: type, default: Any
+) -> Any:
+    """An option of the process: the command line's, else the configuration file's, else the default."""
+    in_file = values.pop(key, None)
+    given = getattr(arguments, key)
+    if given is not None:
+        return given
+    if in_file is None:
+        return default
+    if not isinstance(in_file, (int, float) if kind is float else kind):
+        raise ConfigError(f"configuration: {key} is {in_file!r}; it takes a {kind.__name__}")
+    return in_file
+
+
+def qmp_path(text: str) -> str:
     kind, _, path = text.partition(":")
     if kind != "unix" or not path:
         raise UsageError(f"--qmp {text}: only unix:PATH is served")

@@ -63,6 +63,21 @@ class RunDir:
         """The monitor of this process."""
         return self.path / f"qmp-{os.getpid()}.sock"
 
+    @property
+    def keeper(self) -> Path:
+        """Where the keeper of the VM listens: a symlink, replaced in one step where a new keeper takes
+        over.
+        """
+        return self.path / "keeper.sock"
+
+    def own_keeper(self) -> Path:
+        """Where a keeper listens that this process starts."""
+        return self.path / f"keeper-{os.getpid()}.sock"
+
+    def kept(self) -> bool:
+        """Whether a keeper has the VM, with or without a VMM."""
+        return _listens(self.keeper, socket.SOCK_SEQPACKET)
+
     def lives(self) -> bool:
         """Whether a VMM listens at the VM's monitor; one that was killed leaves a socket that refuses."""
         return _listens(self.qmp)
@@ -72,19 +87,24 @@ class RunDir:
         empty.
         """
         for path in self.path.glob("*.sock"):
-            if path != self.qmp and not _listens(path):
+            kind = socket.SOCK_SEQPACKET if path.name.startswith("keeper") else socket.SOCK_STREAM
+            if not path.is_symlink() and not _listens(path, kind):
                 path.unlink(missing_ok=True)
-        if self.qmp.is_symlink() and not self.qmp.exists():
-            self.qmp.unlink(missing_ok=True)
+        for link in (self.qmp, self.keeper):
+            if link.is_symlink() and not link.exists():
+                link.unlink(missing_ok=True)
         self._remove_if_empty()
 
     def claim(self) -> None:
-        """Make this process's monitor the VM's monitor, in one step."""
-        own = self.own_qmp()
-        fresh = self.path / f"qmp-{os.getpid()}.link"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(own.name)
-        fresh.replace(self.qmp)
+        """Make this process's monitor the VM's monitor, and its keeper, if it started one, the VM's keeper;
+        each in one step.
+        """
+        for own, link in ((self.own_qmp(), self.qmp), (self.own_keeper(), self.keeper)):
+            if own.exists():
+                fresh = self.path / f"{link.name}-{os.getpid()}"
+                fresh.unlink(missing_ok=True)
+                fresh.symlink_to(own.name)
+                fresh.replace(link)
 
     def disclaim(self) -> None:
         """The VM is gone with this process: leave nothing but the log, and no directory where there is no
@@ -92,6 +112,9 @@ class RunDir:
         """
         if self.qmp.is_symlink() and os.readlink(self.qmp) == self.own_qmp().name:
             self.qmp.unlink()
+            if self.keeper.is_symlink():
+                self.keeper.resolve().unlink(missing_ok=True)
+                self.keeper.unlink()
         self._remove_if_empty()
 
     def _remove_if_empty(self) -> None:
@@ -124,8 +147,8 @@ def directories() -> list[RunDir]:
     return found
 
 
-def _listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+def _listens(path: Path, kind: int = socket.SOCK_STREAM) -> bool:
+    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(str(path))
         except BlockingIOError:

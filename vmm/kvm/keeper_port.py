@@ -430,6 +430,8 @@ class KeeperPort:
         if not runner.unserved:
             runner.proceed()
 
-    def exits(self, vcpu_fd: int) -> int:
-        """See `Port.exits`."""
-        return int(self._runners[vcpu_fd].words[keeper.RETURNED])
+    def pending_exit(self, vcpu_fd: int) -> int:
+        """See `Port.pending_exit`."""
+        words = self._runners[vcpu_fd].words
+        called, returned, result = words[keeper.CALLED], words[keeper.RETURNED], words[keeper.RESULT]
+        return int(returned) if called == returned and result == 0 else 0

@@ -132,8 +132,10 @@ class Port(Protocol):
         """After `leave`, on the vCPU's thread: let it run on without this process, its last exit served."""
         ...
 
-    def exits(self, vcpu_fd: int) -> int:
-        """How often KVM_RUN of this vCPU has returned, whoever served it; 0 where nobody else ever could."""
+    def pending_exit(self, vcpu_fd: int) -> int:
+        """The number of the exit that waits to be served or is being served, whoever began; 0 where there is
+        none, or where nobody but this process ever could.
+        """
         ...
 
     @property
@@ -271,7 +273,7 @@ class DirectPort:
     def go_on(self, vcpu_fd: int) -> None:
         """Nothing to do: a vCPU of this process does not run without it."""
 
-    def exits(self, vcpu_fd: int) -> int:
+    def pending_exit(self, vcpu_fd: int) -> int:
         return 0
 
     @property

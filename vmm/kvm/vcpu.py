@@ -85,9 +85,9 @@ class Vcpu:
         self.port.go_on(self.fd)
 
     @property
-    def exits(self) -> int:
-        """How often `run` has returned, whoever served it; 0 where nobody else ever could."""
-        return self.port.exits(self.fd)
+    def pending_exit(self) -> int:
+        """The number of the exit that waits to be served or is being served, whoever began; else 0."""
+        return self.port.pending_exit(self.fd)
 
     def io_data(self, offset: int, length: int) -> memoryview:
         """`length` bytes of the mapping at `offset`; for Exit.IO `io.data_offset`, `io.size * io.count`."""

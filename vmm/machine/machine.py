@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Protocol
 
 from vmm.boot.image import Image, load_image, resolve_kernel
@@ -24,14 +25,15 @@ from vmm.bus import Bus
 from vmm.devices.chardev import Reactor, open_chardev, parse_serial
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.power import PowerOff
-from vmm.devices.reset import I8042, RESET_PORTS, ResetControl
-from vmm.devices.serial import Serial
+from vmm.devices.reset import I8042, RESET_PORTS, ResetControl, ResetState
+from vmm.devices.serial import Serial, SerialState
 from vmm.errors import ConfigError, GuestCrash, HandoverError, HostError, VmmError
 from vmm.fds import FdStore
 from vmm.irq import IrqLine, UnconnectedIrq
-from vmm.kvm import Port, Vm, abi
+from vmm.kvm import Port, Vcpu, Vm, abi
 from vmm.machine.config import MachineConfig, keep_config
 from vmm.machine.hypervisor import Hypervisor, Origin
+from vmm.machine.journal import ExitJournal
 from vmm.machine.runstate import RunState, check_transition
 from vmm.machine.vcpu_thread import VcpuThread
 from vmm.memory import GuestMemory, layout
@@ -145,6 +147,7 @@ class Machine:
         self._lock = threading.RLock()
         self._resume_to = RunState.RUNNING
         self._keeps_running = False
+        self._turn: AbstractContextManager[object] = threading.Lock() if port.outlives else nullcontext()
         image = self._load_image() if origin is Origin.NEW else None  # a bad one is refused before any VM is
         self.memory = GuestMemory.map(fds, config.memory, config.hugepages)
         self.arena = Arena.open(fds)
@@ -152,9 +155,7 @@ class Machine:
         keep_config(self.arena, config)
         self.hypervisor = Hypervisor(config, fds, self.memory, self.arena, port, origin)
         self.pio, self.mmio = Bus("PIO", PIO_SPACE), Bus("MMIO", MMIO_SPACE)
-        self.threads = [
-            VcpuThread(vcpu, self.pio, self.mmio, self, may_run) for vcpu in self.hypervisor.vcpus
-        ]
+        self.threads = [self._thread(vcpu, may_run) for vcpu in self.hypervisor.vcpus]
         self._build_devices(reactor)
         if image is not None:
             self._boot(image)
@@ -162,6 +163,10 @@ class Machine:
             thread.start()
 
     # --- building ---
+
+    def _thread(self, vcpu: Vcpu, may_run: Callable[[], bool]) -> VcpuThread:
+        journal = ExitJournal(self.arena, vcpu.index) if self.hypervisor.port.outlives else None
+        return VcpuThread(vcpu, self.pio, self.mmio, self, may_run, journal, self._turn)
 
     def _load_image(self) -> Image:
         if self.config.kernel is None:
@@ -181,11 +186,17 @@ class Machine:
     def _build_devices(self, reactor: Reactor) -> None:
         self.chardev = open_chardev(parse_serial(self.config.serial), self.fds, self.arena, reactor)
         self.serial = Serial(self.arena, self._irq(COM1_IRQ), self.chardev)
-        self.pio.attach(COM1_PORT, 8, self.serial, "serial")
+        self.pio.attach(COM1_PORT, 8, self.serial, "serial", self.arena.place("serial", 0, SerialState))
         self.pio.attach(DEBUG_EXIT_PORT, 4, DebugExit(self._debug_exit), "debug-exit")
         self.pio.attach(I8042_PORT, 5, I8042(self.guest_reset), "i8042")
         reset_control = ResetControl(self.arena, self.guest_reset)
-        self.pio.attach(RESET_CONTROL_PORT, RESET_PORTS, reset_control, "reset-control")
+        self.pio.attach(
+            RESET_CONTROL_PORT,
+            RESET_PORTS,
+            reset_control,
+            "reset-control",
+            self.arena.place("reset", 0, ResetState),
+        )
         self.pio.attach(POWER_OFF_PORT, 2, PowerOff(self._power_off), "power-off")
 
     def _boot(self, image: Image, *, again: bool = False) -> None:
@@ -419,11 +430,19 @@ class Machine:
                 self.hypervisor.vm_state.load()
             self.tracer.mark("loaded")
 
-    def resume(self, *, running: bool) -> None:
-        """Run the guest that was received, or hold it paused where it was paused before."""
+    def resume(self, *, running: bool, after_crash: bool = False) -> None:
+        """Run the guest that was received, or hold it paused where it was paused before.
+
+        After a crash of its last VMM, what that one was in the middle of is undone or made good first.
+        """
         with self._lock:
             if self.hypervisor.origin is Origin.ADOPTED:
                 self.hypervisor.port.attach()
+            if after_crash:
+                for thread in self.threads:
+                    thread.recover()
+                state = self.arena.place("serial", 0, SerialState)
+                self._irq(COM1_IRQ).set(bool(state.irq_level))  # it may not have come to that
             self._go(RunState.RUNNING if running else RunState.PAUSED)
             self.tracer.mark("resumed")
             self.chardev.start()

@@ -15,6 +15,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from ctypes import Structure
 from enum import IntEnum
 from queue import SimpleQueue
 from typing import Protocol
@@ -22,6 +24,7 @@ from typing import Protocol
 from vmm.bus import Bus
 from vmm.errors import GuestCrash, VmmError
 from vmm.kvm import Exit, InternalError, SystemEvent, Vcpu, abi
+from vmm.machine.journal import ExitJournal
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,17 @@ class ExitSink(Protocol):
 class VcpuThread:
     """The thread of one vCPU. `submit` and `pause` may be called from any other thread."""
 
-    def __init__(self, vcpu: Vcpu, pio: Bus, mmio: Bus, sink: ExitSink, may_run: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        pio: Bus,
+        mmio: Bus,
+        sink: ExitSink,
+        may_run: Callable[[], bool],
+        journal: ExitJournal | None,
+        turn: AbstractContextManager[object],
+    ) -> None:
+        """`turn` is held while an exit is served; with a `journal` it must let one vCPU at a time."""
         self.vcpu = vcpu
         self.index = vcpu.index
         self.native_id = 0
@@ -53,6 +66,8 @@ class VcpuThread:
         self._mmio = mmio
         self._sink = sink
         self._may_run = may_run
+        self._journal = journal
+        self._turn = turn
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._stop = False
         self._leaving = False
@@ -139,12 +154,13 @@ class VcpuThread:
             self._running = False
 
     def _serve(self) -> None:
-        vcpu, handlers, page = self.vcpu, self._handlers, self.vcpu.run_page
+        vcpu, handlers, page, turn = self.vcpu, self._handlers, self.vcpu.run_page, self._turn
         if not self._may_run():
             raise VmmError(f"vCPU {self.index}: refused to enter the guest without the run token")
         while not self._stop:
             if vcpu.run():
-                handlers.get(page.exit_reason, self._on_unknown)()
+                with turn:
+                    handlers.get(page.exit_reason, self._on_unknown)()
         if self._leaving:
             self._leaving = False
             vcpu.go_on()
@@ -152,13 +168,30 @@ class VcpuThread:
         vcpu.immediate_exit = True
         try:
             while vcpu.run():  # completes the exit in progress; what that leads to is served too
-                handlers.get(page.exit_reason, self._on_unknown)()
+                with turn:
+                    handlers.get(page.exit_reason, self._on_unknown)()
         finally:
             vcpu.immediate_exit = False
+
+    def _begin(self, device_state: Structure | None) -> None:
+        """The exit at hand is about to change a device; should this process be killed, the next can undo
+        it.
+        """
+        if device_state is not None and self._journal is not None:
+            self._journal.begin(self.vcpu.pending_exit, device_state)
+
+    def recover(self) -> None:
+        """Undo what a VMM that is gone had done of an exit that is still to be served. Before the first
+        run.
+        """
+        if self._journal is not None and self._journal.recover(self.vcpu.pending_exit):
+            log.info("vCPU %d: an exit that was being served will be served again", self.index)
 
     def _on_io(self) -> None:
         io = self.vcpu.run_page.io
         size, port, pio = io.size, io.port, self._pio
+        if self._journal is not None:
+            self._begin(pio.state_at(port))
         data = self.vcpu.io_data(io.data_offset, size * io.count)
         if io.direction == abi.KVM_EXIT_IO_OUT:
             if io.count == 1:
@@ -173,6 +206,8 @@ class VcpuThread:
     def _on_mmio(self) -> None:
         mmio = self.vcpu.run_page.mmio
         length = mmio.len
+        if self._journal is not None:
+            self._begin(self._mmio.state_at(mmio.phys_addr))
         if mmio.is_write:
             self._mmio.write(mmio.phys_addr, bytes(mmio.data[:length]))
         else:

@@ -183,6 +183,14 @@ class Arena:
             )
         return cast(_T, kind.from_buffer(self._mapping, section.offset))
 
+    def offset_of(self, placed: ctypes.Structure) -> int:
+        """Where in the memfd a placed structure begins."""
+        return ctypes.addressof(placed) - ctypes.addressof(self._header)
+
+    def overwrite(self, offset: int, data: bytes) -> None:
+        """Put `data` at `offset`, as one section's content."""
+        self._mapping[offset : offset + len(data)] = data
+
     def _allocate(self, name: str, instance: int, version: int, size: int) -> Section:
         encoded = name.encode("ascii")
         if len(encoded) > NAME_BYTES:

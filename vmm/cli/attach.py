@@ -1,0 +1,42 @@
+"""`vmm attach`: a fresh VMM for a guest that has lost its own, from the keeper that still has it."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vmm attach`."""
+    parser.add_argument("name", metavar="NAME", help="the VM's name")
+    parser.add_argument(
+        "--qmp", action="append", default=[], metavar="unix:PATH", help="a further control socket"
+    )
+    parser.add_argument("--verbose", "-v", action="count", default=0, help="more in the log; twice for all")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Take the guest over and serve it to its end; returns the exit status."""
+    from vmm.cli.run import qmp_path, start_logging
+    from vmm.cli.rundir import RunDir
+    from vmm.errors import UsageError
+    from vmm.process import Options, VmmProcess
+
+    start_logging(arguments.verbose)
+    directory = RunDir(arguments.name)
+    if directory.lives():
+        raise UsageError(
+            f"the VM {directory.name!r} has its VMM; to replace it use 'vmm handover {directory.name}'"
+        )
+    if not directory.kept():
+        raise UsageError(
+            f"no keeper has a VM named {directory.name!r}; start it with 'vmm run --name {directory.name}'"
+        )
+    paths = [str(directory.own_qmp()), *(qmp_path(text) for text in arguments.qmp)]
+    options = Options(
+        attach=True,
+        keeper_path=str(directory.keeper),
+        qmp_paths=tuple(paths),
+        owned=directory.claim,
+        disowned=directory.disclaim,
+    )
+    return VmmProcess(options).run()

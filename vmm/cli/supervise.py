@@ -1,0 +1,73 @@
+"""`vmm run --restart always`: a parent that sees to it that the guest always has a VMM, and does nothing
+else.
+
+It looks at what is there and not at what it did: while a keeper has the VM and no VMM serves it, it starts
+one. So a handover to a VMM that somebody else started, or a crash of that one, is no special case.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+
+from vmm.cli.rundir import RunDir
+from vmm.errors import HandoverError
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.05  # between two looks while somebody else's VMM serves the guest
+BACK_OFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+MOST_RESTARTS, WINDOW_S = 20, 60.0
+
+
+class Supervisor:
+    """One VM's supervisor."""
+
+    def __init__(self, directory: RunDir) -> None:
+        self._directory = directory
+        self._child: subprocess.Popen[bytes] | None = None
+        self._starts: deque[float] = deque(maxlen=MOST_RESTARTS)
+        self._told: int | None = None
+
+    def run(self, first: list[str]) -> int:
+        """Start `vmm run` with the arguments `first`; see to it until the guest has ended. Its exit
+        status.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._pass_on)
+        status = self._serve(["run", *first])
+        while True:
+            if self._told is not None or not self._directory.kept():
+                return status
+            if self._directory.lives():
+                time.sleep(LOOK_S)
+                continue
+            log.warning("%s: VMM gone (status %d), guest not", self._directory.name, status)
+            self._back_off()
+            status = self._serve(["attach", self._directory.name])
+
+    def _serve(self, arguments: list[str]) -> int:
+        self._child = subprocess.Popen([sys.executable, "-m", "vmm", *arguments])
+        status = self._child.wait()
+        return status if status >= 0 else 128 - status
+
+    def _back_off(self) -> None:
+        now = time.monotonic()
+        recent = sum(1 for start in self._starts if start > now - WINDOW_S)
+        if recent >= MOST_RESTARTS:
+            raise HandoverError(
+                f"{self._directory.name}: {recent} VMMs within {WINDOW_S:g} s did not last; the guest waits in "
+                f"its keeper: see the log, then 'vmm attach {self._directory.name}'"
+            )
+        time.sleep(BACK_OFF_S[min(recent, len(BACK_OFF_S) - 1)])
+        self._starts.append(now)
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        self._told = number
+        if self._child is not None and self._child.poll() is None:
+            os.kill(self._child.pid, number)

@@ -1,0 +1,171 @@
+"""A local APIC in the state memfd, and the time that its timer counts meanwhile.
+
+KVM_GET_LAPIC says how much a one-shot or periodic timer has left, KVM_SET_LAPIC starts it with what it is
+told is left (Linux 5.8, arch/x86/kvm/lapic.c): the time in between would be lost each time. So the moment of
+reading is kept with the registers, and what has passed since is taken off before they are loaded.
+
+A timer that expires while the vCPU is out of KVM_RUN is only noted by KVM, where no ioctl reads it; entering
+KVM_RUN with a signal pending turns the note into an interrupt request. `settle` is that. A timer in
+TSC-deadline mode needs none of this: its deadline is an MSR, which stays until the interrupt is requested.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from time import monotonic_ns
+from typing import Final
+
+from vmm.boot.cpuid import KVM_APIC_BUS_KHZ
+from vmm.kvm import Vcpu, abi
+
+# Registers by offset in the APIC page (Intel SDM vol. 3, 11.4.1).
+SPURIOUS: Final = 0xF0
+IN_SERVICE: Final = 0x100
+TRIGGER_MODE: Final = 0x180
+REQUEST: Final = 0x200
+LVT_TIMER: Final = 0x320
+INITIAL_COUNT: Final = 0x380
+CURRENT_COUNT: Final = 0x390
+DIVIDE: Final = 0x3E0
+
+SOFTWARE_ENABLE: Final = 1 << 8  # of SPURIOUS
+MASKED: Final = 1 << 16  # of LVT_TIMER
+BUS_CYCLE_NS: Final = 1_000_000 // KVM_APIC_BUS_KHZ
+
+MOST_READINGS: Final = 8
+NEAR_NS: Final = 50_000  # a reading that took longer is repeated: when in it the kernel looked is unknown
+HV_TIMER: Final = Path("/sys/module/kvm_intel/parameters/preemption_timer")
+
+
+class TimerMode(IntEnum):
+    """LVT_TIMER[18:17]."""
+
+    ONE_SHOT = 0
+    PERIODIC = 1
+    TSC_DEADLINE = 2
+
+
+class LapicSection(ctypes.LittleEndianStructure):
+    """The registers, and when on CLOCK_MONOTONIC they were read."""
+
+    taken_ns: int
+    _fields_ = (("registers", abi.kvm_lapic_state), ("taken_ns", ctypes.c_uint64))
+
+
+def settles_all_timers() -> bool:
+    """Whether `settle` finds every expired timer. Not with VMX's preemption timer, which only a real entry
+    looks at: a one-shot timer that seems to have fired may still have to.
+    """
+    try:
+        return HV_TIMER.read_text().strip() != "Y"
+    except FileNotFoundError:
+        return True
+
+
+def read_register(state: abi.kvm_lapic_state, offset: int) -> int:
+    """A 32-bit register."""
+    return int.from_bytes(bytes(state.regs[offset : offset + 4]), "little")
+
+
+def write_register(state: abi.kvm_lapic_state, offset: int, value: int) -> None:
+    """Change a 32-bit register."""
+    ctypes.c_uint32.from_buffer(state, offset).value = value
+
+
+def timer_mode(state: abi.kvm_lapic_state) -> TimerMode | None:
+    """What the timer counts by; None where it does not count at all."""
+    mode = read_register(state, LVT_TIMER) >> 17 & 3
+    if mode == TimerMode.TSC_DEADLINE:
+        return TimerMode.TSC_DEADLINE
+    if not read_register(state, INITIAL_COUNT):
+        return None
+    return TimerMode.PERIODIC if mode == TimerMode.PERIODIC else TimerMode.ONE_SHOT
+
+
+def _unit_ns(state: abi.kvm_lapic_state) -> int:
+    divide = read_register(state, DIVIDE)
+    shift = (divide & 3 | divide >> 1 & 4) + 1 & 7  # 0b000 is 2, 0b110 is 128, 0b111 is 1
+    return BUS_CYCLE_NS << shift
+
+
+def remaining_ns(state: abi.kvm_lapic_state) -> int:
+    """Until the timer expires next, in ns; 0 where a one-shot timer has expired."""
+    return read_register(state, CURRENT_COUNT) * _unit_ns(state)
+
+
+def save_lapic(vcpu: Vcpu, section: LapicSection, settle: Callable[[], object]) -> None:
+    """Read the LAPIC with nothing of its timer missing. On the vCPU's thread, with every other vCPU
+    stopped.
+    """
+    registers = section.registers
+    quiet_until_ns = 0  # no timer expires before; one that had expired earlier has requested its interrupt
+    for _ in range(MOST_READINGS):
+        section.taken_ns = monotonic_ns()
+        vcpu.get_lapic(registers)
+        now_ns = monotonic_ns()
+        mode, left_ns = timer_mode(registers), remaining_ns(registers)
+        if mode is TimerMode.PERIODIC or (mode is TimerMode.ONE_SHOT and not left_ns):
+            if now_ns >= quiet_until_ns:
+                quiet_until_ns = section.taken_ns + left_ns if left_ns else 1 << 64
+                settle()
+                continue
+        if now_ns - section.taken_ns <= NEAR_NS:
+            return
+
+
+def load_lapic(vcpu: Vcpu, section: LapicSection, *, all_settled: bool) -> None:
+    """Give the vCPU the LAPIC, its timer where it is by now. `all_settled` is `settles_all_timers()` of the
+    host.
+    """
+    for _ in range(MOST_READINGS):
+        registers = abi.kvm_lapic_state.from_buffer_copy(section.registers)
+        now_ns = monotonic_ns()
+        advance(registers, now_ns - section.taken_ns, all_settled=all_settled)
+        vcpu.set_lapic(registers)
+        if monotonic_ns() - now_ns <= NEAR_NS:
+            return
+
+
+def advance(state: abi.kvm_lapic_state, elapsed_ns: int, *, all_settled: bool = True) -> None:
+    """Let a one-shot or periodic timer count for `elapsed_ns` more.
+
+    An expiry becomes an interrupt request, several of them one, as in KVM. A one-shot timer that has expired
+    is loaded with an initial count of 0, or KVM would start it once more.
+    """
+    mode, unit_ns = timer_mode(state), _unit_ns(state)
+    left_ns = remaining_ns(state) - elapsed_ns
+    if mode is TimerMode.ONE_SHOT:
+        if not read_register(state, CURRENT_COUNT):
+            if all_settled or _is_delivered(state):
+                write_register(state, INITIAL_COUNT, 0)
+            return
+        write_register(state, CURRENT_COUNT, max(left_ns // unit_ns, 1))
+    elif mode is TimerMode.PERIODIC:
+        if left_ns <= 0:
+            _request(state)
+            left_ns %= read_register(state, INITIAL_COUNT) * unit_ns
+        write_register(state, CURRENT_COUNT, max(left_ns // unit_ns, 1))
+
+
+def _vector(state: abi.kvm_lapic_state) -> tuple[int, int]:
+    """The timer's vector as the offset of its 32-bit register in a 256-bit one, and its bit there."""
+    vector = read_register(state, LVT_TIMER) & 0xFF
+    return vector // 32 * 0x10, 1 << vector % 32
+
+
+def _is_delivered(state: abi.kvm_lapic_state) -> bool:
+    """Whether the timer's interrupt is requested or in service."""
+    at, bit = _vector(state)
+    return bool((read_register(state, REQUEST + at) | read_register(state, IN_SERVICE + at)) & bit)
+
+
+def _request(state: abi.kvm_lapic_state) -> None:
+    """Request the timer's interrupt, where it is not masked."""
+    if read_register(state, LVT_TIMER) & MASKED or not read_register(state, SPURIOUS) & SOFTWARE_ENABLE:
+        return
+    at, bit = _vector(state)
+    write_register(state, REQUEST + at, read_register(state, REQUEST + at) | bit)
+    write_register(state, TRIGGER_MODE + at, read_register(state, TRIGGER_MODE + at) & ~bit)  # edge

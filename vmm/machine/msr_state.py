@@ -1,0 +1,155 @@
+"""The MSRs of a vCPU: which ones there are, asked of the kernel, and their two sections in the state memfd.
+
+There is no list of MSRs here. KVM_GET_MSR_INDEX_LIST and KVM_GET_MSR_FEATURE_INDEX_LIST give one, and each
+MSR is tried. An MSR that this host cannot give the guest is named, and the guest stays where it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vmm.errors import StateError
+from vmm.kvm import System, Vcpu, abi, sized
+from vmm.state import Arena, Section
+
+VERSION = 1
+SETTABLE, FIXED = "vcpu/msrs", "vcpu/msrs-fixed"  # sections
+IA32_TSC = 0x10  # Intel SDM vol. 4: never moved as a value, for its offset is (tsc_state.py)
+_HEADER_SIZE = ctypes.sizeof(abi.kvm_msrs)
+
+
+def kernel_list(system: System) -> tuple[int, ...]:
+    """Every MSR that the kernel calls guest state, then those that describe features and may differ by
+    vCPU.
+    """
+    state = system.msr_index_list()
+    features = system.msr_feature_list() if system.check(abi.Cap.GET_MSR_FEATURES) else ()
+    return tuple(dict.fromkeys((*state, *features)))
+
+
+@dataclass(frozen=True)
+class MsrList:
+    """A machine's MSRs on this host: those that can be read and set, and those that can only be read, which
+    are compared.
+    """
+
+    settable: tuple[int, ...]
+    fixed: tuple[int, ...]
+
+    @classmethod
+    def of(cls, arena: Arena) -> MsrList:
+        """The list that the sections of a machine's first vCPU were made from."""
+        return cls(*(_indices(_find(arena, name, 0)) for name in (SETTABLE, FIXED)))
+
+    @classmethod
+    def probe(cls, vcpu: Vcpu, indices: Iterable[int]) -> MsrList:
+        """Sort `indices` by trying each on a vCPU that has its CPUID and has not run yet.
+
+        Reads the values at birth and writes the same ones back: nothing changes.
+        """
+        readable = [index for index in indices if index != IA32_TSC]
+        block = _listing(readable)
+        while (done := vcpu.get_msrs(block)) < len(readable):
+            del readable[done]
+            block = _listing(readable)
+        settable, fixed, start = [], [], 0
+        while start < len(readable):
+            rest = _listing(readable[start:])
+            ctypes.memmove(rest.entries, ctypes.addressof(block.entries[start]), ctypes.sizeof(rest.entries))
+            done = vcpu.set_msrs(rest)
+            settable += readable[start : start + done]
+            fixed += readable[start + done : start + done + 1]
+            start += done + 1
+        return cls(tuple(settable), tuple(fixed))
+
+
+class MsrState:
+    """The MSRs of one vCPU in the state memfd."""
+
+    def __init__(self, arena: Arena, index: int, here: MsrList) -> None:
+        """Find the sections or make them. Raises StateError for one that lists an MSR this host lacks."""
+        self.values = _place(arena, SETTABLE, index, here.settable, here.settable)
+        self._fixed = _place(arena, FIXED, index, here.fixed, here.settable + here.fixed)
+        self._fixed_here = _listing(_indices(self._fixed))
+
+    def save(self, vcpu: Vcpu) -> None:
+        """Read every MSR. Raises StateError naming one that cannot be read any more."""
+        for block in (self.values, self._fixed):
+            done = vcpu.get_msrs(block)
+            if done != block.nmsrs:
+                raise StateError(
+                    f"vCPU {vcpu.index}: MSR {block.entries[done].index:#x} cannot be read any more; "
+                    "the guest cannot be handed over now"
+                )
+
+    def load(self, vcpu: Vcpu) -> None:
+        """Set every MSR that can be set, compare the others. Raises StateError naming the first that
+        differs.
+        """
+        done = vcpu.set_msrs(self.values)
+        if done != self.values.nmsrs:
+            entry = self.values.entries[done]
+            raise StateError(
+                f"vCPU {vcpu.index}: MSR {entry.index:#x} cannot be restored to {entry.data:#x} on this host; "
+                "the guest cannot move here"
+            )
+        if not self._fixed.nmsrs:
+            return
+        vcpu.get_msrs(self._fixed_here)
+        for here, there in zip(self._fixed_here.entries, self._fixed.entries, strict=True):
+            if here.data != there.data:
+                raise StateError(
+                    f"vCPU {vcpu.index}: MSR {there.index:#x} is {there.data:#x} in the guest and "
+                    f"{here.data:#x} on this host, where it cannot be set; the guest cannot move here"
+                )
+
+
+def _kind(count: int) -> type[Any]:
+    return sized(abi.kvm_msrs, count)
+
+
+def _listing(indices: Sequence[int], block: Any = None) -> Any:
+    block = _kind(len(indices))() if block is None else block
+    block.nmsrs = len(indices)
+    for entry, index in zip(block.entries, indices, strict=True):
+        entry.index = index
+    return block
+
+
+def _indices(block: Any) -> tuple[int, ...]:
+    return tuple(entry.index for entry in block.entries)
+
+
+def _find(arena: Arena, name: str, index: int) -> Any:
+    section = arena.find(name, index)
+    if section is None:
+        raise StateError(f"state section {name}/{index} is missing")
+    return _placed(arena, section)
+
+
+def _placed(arena: Arena, section: Section) -> Any:
+    label = f"state section {section.name}/{section.instance}"
+    count, odd = divmod(section.size - _HEADER_SIZE, ctypes.sizeof(abi.kvm_msr_entry))
+    if odd or count < 0:
+        raise StateError(f"{label}: {section.size} bytes is no list of MSRs")
+    block = arena.place(section.name, section.instance, _kind(count), VERSION)
+    if block.nmsrs != count:
+        raise StateError(f"{label}: it counts {block.nmsrs} MSRs and has room for {count}")
+    return block
+
+
+def _place(arena: Arena, name: str, index: int, own: Sequence[int], allowed: Sequence[int]) -> Any:
+    """The section of that name. A new one lists `own`; one that is there may list only `allowed`."""
+    section = arena.find(name, index)
+    if section is None:
+        return _listing(own, arena.place(name, index, _kind(len(own)), VERSION))
+    block = _placed(arena, section)
+    strange = [f"{msr:#x}" for msr in _indices(block) if msr not in allowed]
+    if strange:
+        raise StateError(
+            f"vCPU {index}: this host's KVM has no MSR {', '.join(strange)}; the guest cannot move here"
+        )
+    return block

@@ -415,8 +415,6 @@ class VmmProcess:
         if machine.run_state not in (RunState.RUNNING, RunState.PAUSED):
             raise QmpError(f"the guest cannot be handed over in run state {machine.run_state.value}")
         assert self._token is not None
-        if self._outgoing is not None:
-            self._outgoing.close()
         self._report = Report(mode=mode.value)
         self._error = None
         world = LiveOutgoing(
@@ -434,6 +432,7 @@ class VmmProcess:
         try:
             world.connect_cpr()
         except HandoverError as error:
+            world.close()
             self._status, self._error = "failed", str(error)
             raise QmpError(str(error)) from error
         self._carrier = threading.Thread(target=self._carry_out, args=(world,), name="handover", daemon=True)
@@ -483,6 +482,7 @@ class VmmProcess:
             self.failed(error)
             raise
         finally:
+            world.close()
             self._release_events()
         if phase in (outgoing.Phase.COMPLETED, outgoing.Phase.LOST):
             self._owner = False
@@ -559,6 +559,7 @@ class VmmProcess:
             self.failed(error)
             raise
         finally:
+            world.close()
             self._release_events()
         self._post(self._received if phase is incoming.Phase.COMPLETED else self._not_received)
 

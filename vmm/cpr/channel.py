@@ -58,8 +58,10 @@ class CancelSwitch:
             self._disarmed = True
 
     def close(self) -> None:
-        """Close the eventfd."""
-        os.close(self.fd)
+        """Close the eventfd; from here on `set` does nothing."""
+        with self._guard:
+            self._disarmed = True
+            os.close(self.fd)
 
 
 class Listener:

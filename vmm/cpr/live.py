@@ -275,7 +275,7 @@ class LiveOutgoing:
             self._main.close()
 
     def close(self) -> None:
-        """Give the last fds back, once the coroutine has ended."""
+        """Give the last fd back, once the coroutine has ended."""
         self.cancel.close()
 
 
@@ -415,6 +415,10 @@ class LiveIncoming:
         for listener in (self._cpr_listener, self._main_listener):
             if listener is not None:
                 listener.close()
+
+    def close(self) -> None:
+        """Give the last fd back, once the coroutine has ended."""
+        self.cancel.close()
 
 
 def _close_all(fds: list[int]) -> None:

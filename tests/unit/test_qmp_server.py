@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import socket
-import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -21,11 +20,13 @@ from qemu.qmp import QMPClient as QemuClient
 
 import vmm
 from tests.unit.qmp_backend import RecordingBackend, ServerThread
-from vmm.errors import ConfigError, PeerError, StateError
+from vmm import sockets
+from vmm.errors import PeerError, StateError
 from vmm.qmp import server as server_module
 from vmm.qmp.framing import StreamState
 from vmm.qmp.schema import MigrationMode, UnixSocket
-from vmm.qmp.server import ConnectionState, QmpServer, bind_unix
+from vmm.qmp.server import ConnectionState, QmpServer
+from vmm.sockets import listen
 
 TIMEOUT_S = 10.0
 READ_MEMORY = {"execute": "x-vmm-read-memory", "arguments": {"gpa": 0, "size": 1 << 20}}
@@ -144,64 +145,12 @@ def test_qemus_client_drives_it(monitor: ServerThread, backend: RecordingBackend
 # -- the socket file -----------------------------------------------------------------------------------------
 
 
-def test_the_socket_file_is_private_whatever_the_umask(path: str) -> None:
-    before = os.umask(0)
-    try:
-        with bind_unix(path):
-            assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    finally:
-        assert os.umask(before) == 0
-
-
 def test_a_dead_listeners_file_is_replaced(backend: RecordingBackend, path: str) -> None:
-    bind_unix(path).close()
+    listen(path, "QMP socket").close()
     assert os.path.exists(path)
     with ServerThread(backend, path), Raw.connect(path) as raw:
         raw.negotiate()
     assert not os.path.exists(path)
-
-
-def test_a_live_listeners_file_is_left_alone(monitor: ServerThread, path: str) -> None:
-    with pytest.raises(ConfigError, match="another process listens there"):
-        bind_unix(path)
-    with Raw.connect(path) as raw:
-        raw.negotiate()
-
-
-def test_a_listener_with_a_full_backlog_is_alive(path: str) -> None:
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
-        listener.bind(path)
-        listener.listen(0)
-        waiting.connect(path)
-        with pytest.raises(ConfigError, match="another process listens there"):
-            bind_unix(path)
-
-
-def test_a_file_that_is_no_socket_is_left_alone(path: str) -> None:
-    Path(path).write_text("precious")
-    with pytest.raises(ConfigError, match="there is a file that is no socket"):
-        bind_unix(path)
-    assert Path(path).read_text() == "precious"
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("/tmp/" + "x" * 103, "the path has 108 bytes; a socket address holds 1 to 107"),
-        ("", "the path has 0 bytes"),
-        ("/nonexistent/qmp.sock", "QMP socket /nonexistent/qmp.sock: No such file or directory"),
-    ],
-)
-def test_a_path_that_cannot_be(path: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        bind_unix(path)
-
-
-def test_the_longest_path_works(tmp_socket_dir: Path) -> None:
-    path = str(tmp_socket_dir / ("x" * (106 - len(str(tmp_socket_dir)))))
-    assert len(path) == 107
-    with bind_unix(path):
-        assert os.path.exists(path)
 
 
 # -- who may connect -----------------------------------------------------------------------------------------
@@ -210,14 +159,14 @@ def test_the_longest_path_works(tmp_socket_dir: Path) -> None:
 def test_another_user_is_refused(
     monitor: ServerThread, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server_module, "_credentials", lambda _: (4711, os.geteuid() + 1))
+    monkeypatch.setattr(sockets, "peer", lambda _: (4711, os.geteuid() + 1))
     with Raw.connect(path) as raw:
         assert raw.receive() is None
-    assert f"the client with pid 4711 has user id {os.geteuid() + 1}" in caplog.text
+    assert f"process 4711, is uid {os.geteuid() + 1}" in caplog.text
 
 
 def test_root_may_connect(monitor: ServerThread, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_credentials", lambda _: (4711, 0))
+    monkeypatch.setattr(sockets, "peer", lambda _: (4711, 0))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with Raw.connect(path) as raw:
         raw.negotiate()

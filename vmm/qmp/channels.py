@@ -30,8 +30,7 @@ from vmm.qmp.schema import (
     VsockSocket,
 )
 from vmm.qmp.visitor import read_arguments, read_keyval
-
-SUN_PATH_BYTES = 108  # of sockaddr_un.sun_path, the NUL at its end included: unix(7)
+from vmm.sockets import PATH_BYTES
 
 
 class Channels(NamedTuple):
@@ -95,8 +94,8 @@ def unix_socket(address: Address, channel: ChannelType) -> UnixSocket:
     path = address.path
     if address.abstract or not path or "\0" in path:
         raise QmpError(f"bad {channel} channel address; must be the path of a UNIX socket")
-    if len(path.encode()) >= SUN_PATH_BYTES:
-        raise QmpError(f"UNIX socket path '{path}' is too long: it must be less than {SUN_PATH_BYTES} bytes")
+    if len(path.encode()) >= PATH_BYTES:
+        raise QmpError(f"UNIX socket path '{path}' is too long: it must be less than {PATH_BYTES} bytes")
     return address
 
 

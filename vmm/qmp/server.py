@@ -16,19 +16,17 @@ import errno
 import logging
 import os
 import socket
-import stat
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vmm.errors import ConfigError, PeerError, StateError
+from vmm.errors import PeerError, StateError
 from vmm.qmp.backend import Backend
-from vmm.qmp.channels import SUN_PATH_BYTES
 from vmm.qmp.commands import COMMANDS, Command
 from vmm.qmp.framing import Limits
 from vmm.qmp.session import Session, SessionState, encode
+from vmm.sockets import check_peer, listen, peer
 
 RECEIVE_BYTES = 1 << 14  # at once: some 15 ms of lexing at the worst
 COMMANDS_PER_TURN = 16  # of one client, before the loop gets to do something else
@@ -37,10 +35,8 @@ UNSENT_BYTES_MAX = 1 << 22  # of unsent output: the client is dropped; the large
 UNDECODED_BYTES_MAX = 2 * Limits().value_bytes  # of a connection handed over
 CLIENTS_MAX = 32
 QUEUED_EVENTS_MAX = 1024  # between two turns of the loop
-BACKLOG = 16
 ACCEPT_PAUSE_S = 1.0  # where the process is out of fds
 
-_UCRED = struct.Struct("iII")  # struct ucred of unix(7): pid, uid, gid
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +59,7 @@ class Connection:
         before_reply: Callable[[], None],
         on_end: Callable[[Connection], None],
     ) -> None:
-        self.peer_pid, _ = _credentials(sock)
+        self.peer_pid, _ = peer(sock)
         self._loop = loop
         self._socket = sock
         self._session = session
@@ -229,8 +225,8 @@ class QmpServer:
         return tuple(self._connections)
 
     def listen_unix(self, path: str) -> None:
-        """Make a socket at `path` (see `bind_unix`) and serve who connects."""
-        self.listen(bind_unix(path))
+        """Make a socket at `path` and serve who connects. Raises ConfigError."""
+        self.listen(listen(path, "QMP socket"))
 
     def listen(self, listener: socket.socket) -> None:
         """Serve who connects to a listening UNIX socket; `close` removes its file, whoever made it."""
@@ -251,11 +247,7 @@ class QmpServer:
         Raises PeerError, leaving the socket alone, for a peer that is neither this user nor root, and
         StateError for a state that no VMM exports.
         """
-        pid, uid = _credentials(sock)
-        if uid not in (os.geteuid(), 0):
-            raise PeerError(
-                f"QMP: the client with pid {pid} has user id {uid}; only {os.geteuid()} and root may connect"
-            )
+        check_peer(sock, "QMP")
         if state is None:
             session = Session(self._backend, self._commands)
             unsent = session.greeting()
@@ -354,65 +346,8 @@ class QmpServer:
             self._loop.add_reader(listener, self._on_connection, listener)
 
 
-def bind_unix(path: str) -> socket.socket:
-    """A listening UNIX socket at `path`, mode 0600. A file that a dead listener left there is replaced.
-
-    Raises ConfigError: the path is too long, a listener lives there, something else is there, or what bind(2)
-    says.
-    """
-    size = len(os.fsencode(path))
-    if not 0 < size < SUN_PATH_BYTES:
-        raise ConfigError(
-            f"QMP socket {path}: the path has {size} bytes; a socket address holds 1 to {SUN_PATH_BYTES - 1}"
-        )
-    try:
-        _remove_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            # The file gets the socket inode's mode (unix_bind_bsd, net/unix/af_unix.c): private at once,
-            # and without the umask, which is the whole process's.
-            os.fchmod(sock.fileno(), stat.S_IRUSR | stat.S_IWUSR)
-            sock.bind(path)
-            sock.listen(BACKLOG)
-        except OSError:
-            sock.close()
-            raise
-    except OSError as error:
-        raise ConfigError(f"QMP socket {path}: {error.strerror}") from error
-    return sock
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return
-    if not is_socket:
-        raise ConfigError(f"QMP socket {path}: there is a file that is no socket; use another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            _unlink(path)
-            return
-        except FileNotFoundError:
-            return
-        except BlockingIOError:
-            pass  # its backlog is full: it lives
-    raise ConfigError(
-        f"QMP socket {path}: another process listens there; use another path or end that process"
-    )
-
-
 def _unlink(path: str) -> None:
     try:
         os.unlink(path)
     except FileNotFoundError:
         pass
-
-
-def _credentials(sock: socket.socket) -> tuple[int, int]:
-    """The peer's pid and uid when it connected, as the kernel has them (SO_PEERCRED)."""
-    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return pid, uid

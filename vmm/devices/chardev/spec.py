@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from vmm.errors import ConfigError
-
-SUN_PATH_BYTES = 107  # sockaddr_un.sun_path less its NUL; unix(7)
+from vmm.sockets import PATH_BYTES
 
 
 class CharKind(Enum):
@@ -57,8 +56,8 @@ def parse_serial(text: str) -> CharSpec:
 def _with_path(kind: CharKind, path: str) -> CharSpec:
     if not path or "\0" in path:
         raise ConfigError(f"serial: {kind.value}:PATH needs a path, {path!r} is none")
-    if kind is CharKind.UNIX and len(os.fsencode(path)) > SUN_PATH_BYTES:
+    if kind is CharKind.UNIX and len(os.fsencode(path)) >= PATH_BYTES:
         raise ConfigError(
-            f"serial: a socket's path has at most {SUN_PATH_BYTES} bytes; choose one shorter than {path!r}"
+            f"serial: a socket's path has at most {PATH_BYTES - 1} bytes; choose one shorter than {path!r}"
         )
     return CharSpec(kind, path)

@@ -12,22 +12,17 @@ import logging
 import os
 import select
 import socket
-import stat
-import struct
 
 from vmm.devices.chardev.interface import Reactor
 from vmm.devices.chardev.stream import Phase, Stream
-from vmm.errors import ConfigError
+from vmm.errors import PeerError
 from vmm.fds import FdStore
+from vmm.sockets import check_peer, listen
 
 log = logging.getLogger(__name__)
 
-PRIVATE = 0o600
-BACKLOG = 8  # clients that wait while a handover is under way
 BUSY = b"vmm: this console is in use by another client\r\n"
 STRANGER = b"vmm: this console belongs to another user\r\n"
-_PEERCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid; unix(7)
-ROOT = 0
 
 
 class UnixServer(Stream):
@@ -38,7 +33,7 @@ class UnixServer(Stream):
         self._fds = fds
         self._index = index
         self._path = path
-        self._listener = fds.get_or_open("serial-listen", index, lambda: listen(path))
+        self._listener = fds.get_or_open("serial-listen", index, lambda: listen(path, "serial").detach())
         self._watched_listener = False
         self._deaf = False
         client = fds.find("serial", index)
@@ -80,8 +75,10 @@ class UnixServer(Stream):
         finally:
             listener.detach()  # the fd is the FdStore's
         with client:
-            credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
-            if _PEERCRED.unpack(credentials)[1] not in {ROOT, os.geteuid()}:
+            try:
+                check_peer(client, "serial")
+            except PeerError as error:
+                log.warning("%s", error)
                 _turn_away(client, STRANGER)
                 return
             if self._input is not None and _left(self._input):
@@ -105,39 +102,6 @@ class UnixServer(Stream):
         log.info("%s: the client left", self.label)
         if self._writing:
             self._drain()
-
-
-def listen(path: str) -> int:
-    """A non-blocking listening socket at `path`, mode 0600, in place of a stale one. Raises ConfigError."""
-    try:
-        _clear(path)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
-            os.fchmod(listener.fileno(), PRIVATE)  # bind(2) gives the path the mode that the socket has
-            listener.bind(path)
-            listener.listen(BACKLOG)
-            return listener.detach()
-    except OSError as error:
-        raise ConfigError(
-            f"serial: cannot listen at {path}: {error.strerror or error}; choose another path"
-        ) from error
-
-
-def _clear(path: str) -> None:
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"serial: {path} exists and is no socket; choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            log.debug("%s: its backlog is full", path)
-    raise ConfigError(f"serial: a running process listens at {path}; choose another path or end that process")
 
 
 def _left(fd: int) -> bool:

@@ -11,15 +11,26 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vmm.errors import UsageError
+
+if TYPE_CHECKING:
+    from vmm.cli.series import Record
+    from vmm.report.pause import Quantiles
 
 HANDOVERS = 5
 MEMORY = "128M"
 WRONG = 1
+MODES = {"rebuild": ("rebuild",), "adopt": ("adopt",), "both": ("rebuild", "adopt")}
+COLUMNS = ("p50", "p99", "max")
+DRIVEN = {
+    "rebuild": "so the guest moved into a VM built for it",
+    "adopt": "so its keeper drives it on: it is the same VM throughout",
+}
+
+Say = Callable[[str], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,76 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", default=MEMORY, metavar="SIZE", help=f"guest RAM, default {MEMORY}")
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="number of vCPUs, default 1")
     parser.add_argument(
-        "--mode", choices=("rebuild",), default="rebuild", help="how the guest gets into the new VMM"
+        "--mode",
+        choices=tuple(MODES),
+        default="both",
+        help="how the guest gets into the new VMM: into a VM built for it (rebuild), with its very VM, "
+        "which a keeper process holds (adopt), or one guest of each kind (both, the default)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a demo found out; `as_dict` is what `--json` prints."""
-
-    mode: str
-    image: str
-    memory_bytes: int
-    cpus: int
-    steps: tuple[Any, ...]
-    ending: Any
-
-    @property
-    def good(self) -> bool:
-        """Whether nothing was lost and nothing was wrong."""
-        return bool(self.ending.lost == 0 and self.ending.errors == 0)
-
-    @property
-    def pids(self) -> list[int]:
-        """Every VMM process that the guest was in, in order."""
-        return [step.report["pids"]["old"] for step in self.steps] + [self.steps[-1].report["pids"]["new"]]
-
-    @property
-    def probe(self) -> str:
-        """What the kernel said of the VM fd that each new VMM received."""
-        return ", ".join(sorted({step.report["vm-fd"]["probe"] for step in self.steps}))
-
-    def pauses(self) -> dict[str, Any]:
-        """Quantiles in microseconds: as the guest saw it, as the host did, and the control window's."""
-        from vmm.report.pause import quantiles
-
-        return {
-            "host": quantiles(step.host_us for step in self.steps),
-            "guest": quantiles(step.guest_us for step in self.steps),
-            "control": quantiles(step.control_us for step in self.steps),
-        }
-
-    def phases(self) -> dict[str, Any]:
-        """Quantiles in microseconds of each phase."""
-        from vmm.report.pause import quantiles
-
-        names = self.steps[0].report["phases-us"]
-        return {name: quantiles(step.report["phases-us"][name] for step in self.steps) for name in names}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "mode": self.mode,
-            "handovers": len(self.steps),
-            "pids": self.pids,
-            "memory_bytes": self.memory_bytes,
-            "cpus": self.cpus,
-            "guest": {
-                "image": self.image,
-                "rounds": self.ending.rounds,
-                "ticks": self.ending.ticks,
-                "lost": self.ending.lost,
-                "errors": self.ending.errors,
-            },
-            "pause_us": {name: figures.as_dict() for name, figures in self.pauses().items()},
-            "phases_us": {name: figures.as_dict() for name, figures in self.phases().items()},
-            "vm_fd": {
-                "received": all(step.report["vm-fd"]["received"] for step in self.steps),
-                "probe": self.probe,
-            },
-        }
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -107,42 +55,45 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.handovers < 1:
         raise UsageError(f"--handovers {arguments.handovers}: one is the least there is to show")
-    values = {"memory": arguments.memory, "cpus": arguments.cpus, "serial": "null"}
-    config = from_mapping(values, "vmm demo")
+    config = from_mapping({"memory": arguments.memory, "cpus": arguments.cpus}, "vmm demo")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # end as with Ctrl-C: nothing stays behind
-    say: Callable[[str], None] = (lambda _: None) if arguments.json else _say
-    outcome = _show(arguments.guest, config.memory, config.cpus, arguments.handovers, arguments.mode, say)
-    _say(json.dumps(outcome.as_dict()) if arguments.json else "\n".join(_text(outcome)))
-    if not outcome.good:
-        print("vmm: something of the guest was lost or wrong; see the figures", file=sys.stderr)
-    return 0 if outcome.good else WRONG
+    say: Say = (lambda _: None) if arguments.json else _say
+    records = [
+        _show(arguments.guest, mode, config.memory, config.cpus, arguments.handovers, say)
+        for mode in MODES[arguments.mode]
+    ]
+    _say(json.dumps(as_dict(arguments.mode, records)) if arguments.json else "\n".join(text(records)))
+    if all(record.good for record in records):
+        return 0
+    print("vmm: something of the guest was lost or wrong; see the figures", file=sys.stderr)
+    return WRONG
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _show(
-    image: str, memory: int, cpus: int, handovers: int, mode: str, say: Callable[[str], None]
-) -> Outcome:
+def _show(guest: str, mode: str, memory: int, cpus: int, handovers: int, say: Say) -> Record:
     from vmm.cli.series import Series
     from vmm.report.table import milliseconds
     from vmm.units import format_size
 
-    say(f"{image}, {format_size(memory)} of RAM, vCPUs: {cpus}; its console below, over one connection")
+    say(f"--- {mode}: {guest}, RAM: {format_size(memory)}, vCPUs: {cpus}; what it says is indented")
     with Series(
-        image, memory=memory, cpus=cpus, on_line=lambda line: say(f"  {_shortened(line)}"), on_handover=say
+        guest,
+        mode=mode,
+        memory=memory,
+        cpus=cpus,
+        on_line=lambda line: say(f"  {_shortened(line)}"),
+        on_handover=say,
     ) as series:
         say(f"the guest runs in pid {series.vmm.pid}")
         series.hear()
-        steps = []
         for _ in range(handovers):
             step = series.hand_over()
-            steps.append(step)
-            say(f"paused for {milliseconds(step.guest_us)}, as the guest saw it")
-        ending = series.finish()
-    return Outcome(mode, image, memory, cpus, tuple(steps), ending)
+            say(f"it saw a pause of {milliseconds(step.guest_us)}")
+        return series.finish()
 
 
 def _shortened(line: str) -> str:
@@ -156,28 +107,56 @@ def _shortened(line: str) -> str:
         return line
 
 
-def _text(outcome: Outcome) -> list[str]:
+def as_dict(mode: str, records: Sequence[Record]) -> dict[str, Any]:
+    """What `--json` prints. With several records the figures on top are the last one's, lost and errors are
+    everybody's, and `modes` has each in full.
+    """
+    if len(records) == 1:
+        return records[0].as_dict()
+    top = records[-1].as_dict()
+    for key in ("lost", "errors"):
+        top["guest"][key] = sum(getattr(record.ending, key) for record in records)
+    return {**top, "mode": mode, "modes": {record.mode: record.as_dict() for record in records}}
+
+
+def text(records: Sequence[Record]) -> list[str]:
+    """The tables, every mode beside the others."""
     from vmm.report.table import milliseconds, table
 
-    def row(label: str, figures: Any) -> list[str]:
-        return [label, *(milliseconds(us) for us in (figures.p50, figures.p99, figures.max))]
+    def rows(named: Sequence[tuple[str, Sequence[Quantiles | None]]]) -> list[list[str]]:
+        return [
+            [label, *(milliseconds(figure) for each in figures for figure in _columns(each))]
+            for label, figures in named
+        ]
 
-    pauses, ending = outcome.pauses(), outcome.ending
-    columns = ("p50", "p99", "max")
-    return [
-        "",
-        *table(
-            ("pause", *columns),
-            [
-                row("as the guest saw it", pauses["guest"]),
-                row("  as long a time without a handover", pauses["control"]),
-                row("as the host saw it", pauses["host"]),
-            ],
-        ),
-        "",
-        *table(("phase", *columns), [row(name, figures) for name, figures in outcome.phases().items()]),
-        "",
-        f"handovers: {len(outcome.steps)} through {len(outcome.pids)} VMM processes, by {outcome.mode}",
-        f"VM fd: received by each new VMM; the kernel's answer to its use there: {outcome.probe}",
-        f"ticks: {ending.ticks}, lost: {ending.lost}; errors: {ending.errors}",
-    ]
+    columns = [f"{record.mode} {column}" for record in records for column in COLUMNS]
+    pauses = [record.pauses() for record in records]
+    phases = [record.phases() for record in records]
+    labels = {
+        "guest": "as the guest saw it",
+        "control": "  as long a time without a handover",
+        "host": "as the host saw it",
+    }
+    lines = [""]
+    lines += table(
+        ("pause", *columns),
+        rows([(label, [pause[key] for pause in pauses]) for key, label in labels.items()]),
+    )
+    names = list(dict.fromkeys(name for phase in phases for name in phase))
+    lines.append("")
+    lines += table(
+        ("phase", *columns), rows([(name, [phase.get(name) for phase in phases]) for name in names])
+    )
+    for record in records:
+        ending = record.ending
+        lines += [
+            "",
+            f"{record.mode}: {len(record.steps)} handovers through {len(record.pids)} VMM processes",
+            f"  ticks: {ending.ticks}, lost: {ending.lost}, errors: {ending.errors}",
+            f"  the VM fd: received by each; the kernel says {record.probe}, {DRIVEN[record.mode]}",
+        ]
+    return lines
+
+
+def _columns(figures: Quantiles | None) -> tuple[float | None, ...]:
+    return (None,) * len(COLUMNS) if figures is None else (figures.p50, figures.p99, figures.max)

@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"seconds in all (default {TIMEOUT_S:g})",
     )
+    parser.add_argument(
+        "--mode",
+        choices=("auto", "adopt", "rebuild"),
+        default="auto",
+        help="how the new VMM takes the guest (default auto: adopt where that can be)",
+    )
     parser.add_argument("--json", action="store_true", help="print the whole report as one JSON object")
     parser.add_argument("--python", metavar="EXE", help="the Python whose vmm takes over (default: this one)")
 
@@ -70,6 +76,7 @@ def hand_over(
     *,
     name: str | None,
     log: Path,
+    mode: str = "auto",
     timeout_s: float = TIMEOUT_S,
     python: str | None = None,
     progress: Progress = lambda _: None,
@@ -82,7 +89,7 @@ def hand_over(
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="handover-", dir=monitor.parent) as folder:
         main, cpr = Path(folder, "main"), Path(folder, "cpr")
-        vmm = _start(monitor, main, cpr, name=name, log=log, python=python)
+        vmm = _start(monitor, main, cpr, name=name, log=log, mode=mode, python=python)
         try:
             new = vmm.connect(deadline)
             progress(f"started the new VMM (pid {vmm.pid})")
@@ -107,11 +114,12 @@ def hand_over(
 
 
 def _start(
-    monitor: Path, main: Path, cpr: Path, *, name: str | None, log: Path, python: str | None
+    monitor: Path, main: Path, cpr: Path, *, name: str | None, log: Path, mode: str, python: str | None
 ) -> LaunchedVmm:
     """The new VMM, which waits for the old one on the two channels."""
     addresses = [
         "-v",
+        f"--handover={mode}",
         f"--incoming=unix:{main}",
         f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={_keyval(cpr)}",
     ]
@@ -211,6 +219,7 @@ def run(arguments: argparse.Namespace) -> int:
                 path,
                 name=arguments.name,
                 log=log,
+                mode=arguments.mode,
                 timeout_s=arguments.timeout,
                 python=arguments.python,
                 progress=lambda text: print(f"vmm: {text}", file=sys.stderr),

@@ -24,7 +24,7 @@ from vmm.cli.launch import LaunchedVmm
 from vmm.cli.rundir import RunDir
 from vmm.errors import GuestCrash, HandoverError, PeerError, VmmError
 from vmm.qmp.client import QmpClient
-from vmm.report.pause import ClockPoint, Window, handover_window, largest_gap_us
+from vmm.report.pause import ClockPoint, Quantiles, Window, handover_window, largest_gap_us, plain, quantiles
 from vmm.report.results import CPU_SIZE, HEADER_SIZE, GuestState, Results, ResultsError, parse_results
 from vmm.report.ticks import Ticks
 
@@ -48,7 +48,7 @@ class Manners:
 
 GUESTS = {
     # ticker speaks by itself; spinning, it sees every pause as a gap between two readings of its TSC
-    "ticker": Manners(append="wait=spin", ask=b"", end=b"q"),
+    "ticker": Manners(append="wait=spin gap_us=50", ask=b"", end=b"q"),
     "sentinel": Manners(append="", ask=b"r", end=b"x"),
 }
 
@@ -78,6 +78,77 @@ class Ending:
     ticks: int
     lost: int
     errors: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A whole series; `as_dict` is what `vmm demo --json` prints of it."""
+
+    mode: str
+    image: str
+    memory_bytes: int
+    cpus: int
+    steps: tuple[Step, ...]
+    ending: Ending
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing was lost and nothing was wrong."""
+        return self.ending.lost == 0 and self.ending.errors == 0
+
+    @property
+    def pids(self) -> list[int]:
+        """Every VMM process that the guest was in, in order."""
+        pids = [step.report["pids"] for step in self.steps]
+        return [pids[0]["old"], *(each["new"] for each in pids)] if pids else []
+
+    @property
+    def probe(self) -> str:
+        """What the kernel said of the VM fd that each new VMM received."""
+        return ", ".join(sorted({step.report["vm-fd"]["probe"] for step in self.steps}))
+
+    @property
+    def driven(self) -> str:
+        """Who drives on the VM that the received fd is of."""
+        return ", ".join(sorted({step.report["vm-fd"]["driven"] for step in self.steps}))
+
+    def pauses(self) -> dict[str, Quantiles | None]:
+        """Quantiles in microseconds: as the host saw it, as the guest did, and the control window's."""
+        return {
+            "host": quantiles(step.host_us for step in self.steps),
+            "guest": quantiles(step.guest_us for step in self.steps),
+            "control": quantiles(step.control_us for step in self.steps),
+        }
+
+    def phases(self) -> dict[str, Quantiles | None]:
+        """Quantiles in microseconds of each phase, over the handovers that had it."""
+        reports = [step.report["phases-us"] for step in self.steps]
+        names = dict.fromkeys(name for report in reports for name in report)
+        return {name: quantiles(report[name] for report in reports if name in report) for name in names}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "mode": self.mode,
+            "handovers": len(self.steps),
+            "pids": self.pids,
+            "memory_bytes": self.memory_bytes,
+            "cpus": self.cpus,
+            "guest": {
+                "image": self.image,
+                "rounds": self.ending.rounds,
+                "ticks": self.ending.ticks,
+                "lost": self.ending.lost,
+                "errors": self.ending.errors,
+            },
+            "pause_us": {name: plain(figures) for name, figures in self.pauses().items()},
+            "phases_us": {name: plain(figures) for name, figures in self.phases().items()},
+            "vm_fd": {
+                "received": all(step.report["vm-fd"]["received"] for step in self.steps),
+                "probe": self.probe,
+                "driven": self.driven,
+            },
+        }
 
 
 class Console:
@@ -150,6 +221,7 @@ class Series:
         self,
         guest: str,
         *,
+        mode: str,
         memory: int,
         cpus: int,
         append: str | None = None,
@@ -158,12 +230,14 @@ class Series:
     ) -> None:
         self.guest = guest
         self.manners = GUESTS[guest]
+        self.mode = mode
         self.directory = RunDir(f"series-{os.getpid()}")
         self._memory = memory
         self._cpus = cpus
         self._append = self.manners.append if append is None else append
         self._on_line = on_line
         self._on_handover = on_handover
+        self._steps: list[Step] = []
         self._ticks = 0
         self._lost = 0
 
@@ -189,6 +263,7 @@ class Series:
             [
                 self.guest,
                 "-S",
+                "--keeper" if self.mode == "adopt" else "--no-keeper",
                 f"--name={directory.name}",
                 f"--memory={self._memory}",
                 f"--cpus={self._cpus}",
@@ -268,6 +343,7 @@ class Series:
             self.directory.qmp,
             name=self.directory.name,
             log=self.directory.log,
+            mode=self.mode,
             progress=self._on_handover,
         )
         self.vmm, self.client = handed.vmm, handed.client
@@ -277,7 +353,9 @@ class Series:
         time.sleep(SETTLE_S)
         guest_us = self.largest_gap_us(window)
         self.hear()
-        return Step(handed.report, window, guest_us, self.control_us(window.length_ns))
+        step = Step(handed.report, window, guest_us, self.control_us(window.length_ns))
+        self._steps.append(step)
+        return step
 
     def control_us(self, length_ns: int) -> float:
         """The largest gap in a window of the same length at a random moment without a handover."""
@@ -286,7 +364,7 @@ class Series:
         time.sleep(length_ns / 1e9 + SETTLE_S)
         return self.largest_gap_us(Window(start, start + length_ns))
 
-    def finish(self) -> Ending:
+    def finish(self) -> Record:
         """Have the guest end itself, read what it says at last, and see its VMM end as it should."""
         before = self.results()
         self.console.send(self.manners.end)
@@ -296,4 +374,5 @@ class Series:
         lost, errors = self._lost + ticks.lost, before.errors + ticks.errors + (status != GUEST_ENDED_WELL)
         if ticks.last is not None:
             lost += max(0, before.ticks - ticks.last)
-        return Ending(before.rounds, before.ticks, lost, errors)
+        ending = Ending(before.rounds, before.ticks, lost, errors)
+        return Record(self.mode, self.guest, self._memory, self._cpus, tuple(self._steps), ending)

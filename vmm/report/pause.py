@@ -85,9 +85,12 @@ class Quantiles:
     p99: float
     max: float
 
-    def as_dict(self) -> dict[str, float]:
-        """Plain values for JSON, to a tenth."""
-        return {"p50": round(self.p50, 1), "p99": round(self.p99, 1), "max": round(self.max, 1)}
+
+def plain(figures: Quantiles | None) -> dict[str, float] | None:
+    """Plain values for JSON, to a tenth."""
+    if figures is None:
+        return None
+    return {"p50": round(figures.p50, 1), "p99": round(figures.p99, 1), "max": round(figures.max, 1)}
 
 
 def quantiles(figures: Iterable[float]) -> Quantiles | None:

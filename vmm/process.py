@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +24,7 @@ from vmm.cpr import incoming, outgoing
 from vmm.cpr.live import Choice, IncomingMachine, LiveIncoming, LiveOutgoing, Timeouts, refusal, run
 from vmm.cpr.report import Report
 from vmm.cpr.token import RunToken
-from vmm.errors import GuestCrash, HandoverError, VmmError
+from vmm.errors import GuestCrash, HandoverError, PeerError, VmmError
 from vmm.fds import FdStore
 from vmm.machine.config import MachineConfig, decode, differences, encode, kept_config
 from vmm.machine.hypervisor import Origin
@@ -33,6 +34,7 @@ from vmm.machine.probe import WORKS, drop_old_vm, probe_received_vm
 from vmm.machine.runstate import RunState
 from vmm.qmp.backend import QmpError
 from vmm.qmp.commands import COMMANDS
+from vmm.qmp.moving import ArrivingClients, LeavingClients
 from vmm.qmp.schema import MigrationMode, UnixSocket
 from vmm.qmp.server import QmpServer
 from vmm.state import Arena
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 W = TypeVar("W", outgoing.OutgoingWorld, incoming.IncomingWorld)
 T = TypeVar("T")
 
+LOOP_ANSWER_S = 1.0
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that computes may keep the interpreter from one that wakes up
 
 
@@ -85,14 +88,17 @@ class Options:
 class _OutgoingView:
     """The machine as an outgoing handover sees it."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, clients: LeavingClients) -> None:
         self._machine = machine
+        self._clients = clients
         self.hold_fds = machine.hold_fds
         self.release_fds = machine.release_fds
-        self.fd_table = machine.fd_table
         self.quiesce = machine.quiesce
         self.roll_back = machine.roll_back
         self.gave_up = machine.gave_up
+
+    def fd_table(self) -> list[tuple[str, int, int]]:
+        return [*self._machine.fd_table(), *self._clients.rows()]
 
     def runs_alone(self) -> bool:
         return self._machine.hypervisor.port.outlives
@@ -121,6 +127,7 @@ class VmmProcess:
         self._kept_back: list[tuple[str, dict[str, Any] | None, float]] = []
         self._status: str | None = None
         self._outgoing: LiveOutgoing | None = None
+        self._arriving: ArrivingClients | None = None
         self._incoming: LiveIncoming | None = None
         self._report: Report | None = None
         self._error: str | None = None
@@ -216,9 +223,9 @@ class VmmProcess:
             self._carrier.join(self._timeouts.setup_s)
         if self._machine is not None:
             self._machine.close(for_good=self._owner)
+        self._monitor.close()
         if self._owner:
             self._options.disowned()
-        self._monitor.close()
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
         if self._token is not None:
@@ -230,6 +237,25 @@ class VmmProcess:
     def _post(self, call: Callable[..., None], *arguments: Any) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _on_loop(self, call: Callable[[], T]) -> T:
+        """What `call` returns on the loop's thread. Raises PeerError where the loop does not come to it."""
+        future: Future[T] = Future()
+
+        def answer() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except Exception as error:  # noqa: BLE001 -- raised in the thread that asked
+                    future.set_exception(error)
+
+        self._post(answer)
+        try:
+            return future.result(LOOP_ANSWER_S)
+        except TimeoutError:
+            if future.cancel():
+                raise PeerError("the monitor is busy") from None
+            return future.result()
 
     def _tell(self, event: str, data: dict[str, Any] | None = None) -> None:
         """An event for the monitor's clients; kept back while the thread that tells it carries a handover."""
@@ -244,6 +270,7 @@ class VmmProcess:
             self._monitor.emit(event, data, at)
 
     def _release_events(self) -> None:
+        print("RELEASE", self._kept_back, threading.current_thread(), flush=True)
         kept, self._kept_back = self._kept_back, []
         for event, data, at in kept:
             self._emit(event, data, at)
@@ -349,7 +376,7 @@ class VmmProcess:
 
     def inject_nmi(self) -> None:
         """inject-nmi."""
-        self._the_machine().inject_nmi()
+        self._guarded(self._the_machine().inject_nmi)
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """x-vmm-read-memory."""
@@ -417,8 +444,9 @@ class VmmProcess:
         assert self._token is not None
         self._report = Report(mode=mode.value)
         self._error = None
+        clients = LeavingClients(self._monitor)
         world = LiveOutgoing(
-            _OutgoingView(machine),
+            _OutgoingView(machine, clients),
             self._token,
             cpr_path=cpr.path,
             main_path=main.path,
@@ -426,6 +454,7 @@ class VmmProcess:
             tracer=self._tracer,
             report=self._report,
             on_phase=self._on_outgoing_phase,
+            farewell=lambda: self._on_loop(lambda: self._let_go(clients)),
         )
         self._outgoing = world
         self._tracer.clear()
@@ -433,11 +462,17 @@ class VmmProcess:
             world.connect_cpr()
         except HandoverError as error:
             world.close()
+            clients.close()
             self._status, self._error = "failed", str(error)
             raise QmpError(str(error)) from error
-        self._carrier = threading.Thread(target=self._carry_out, args=(world,), name="handover", daemon=True)
+        self._carrier = threading.Thread(target=self._carry_out, args=(world, clients), name="handover", daemon=True)
         self._set_status("setup")
         self._carrier.start()
+
+    def _let_go(self, clients: LeavingClients) -> list[tuple[int, bytes]]:
+        """The clients that move hear what happened here, and no more."""
+        self._release_events()
+        return clients.leave()
 
     def migrate_cancel(self) -> None:
         """migrate_cancel: nothing where no handover is under way or its commit has begun."""
@@ -475,7 +510,7 @@ class VmmProcess:
         self._error = error
         self._set_status(outgoing.STATUS[phase])
 
-    def _carry_out(self, world: LiveOutgoing) -> None:
+    def _carry_out(self, world: LiveOutgoing, clients: LeavingClients) -> None:
         try:
             phase = run(outgoing.outgoing(_faulty(world)))
         except BaseException as error:
@@ -483,6 +518,7 @@ class VmmProcess:
             raise
         finally:
             world.close()
+            clients.close()
             self._release_events()
         if phase in (outgoing.Phase.COMPLETED, outgoing.Phase.LOST):
             self._owner = False
@@ -517,6 +553,7 @@ class VmmProcess:
         differing = differences(self._options.given, config)
         if differing:
             raise refusal(differing)
+        self._arriving = ArrivingClients(fds)
         choice = self._choose(fds)
         self._token = token
         if choice.method == "rebuild":
@@ -560,12 +597,15 @@ class VmmProcess:
             raise
         finally:
             world.close()
-            self._release_events()
         self._post(self._received if phase is incoming.Phase.COMPLETED else self._not_received)
 
     def _received(self) -> None:
         self._tracer.role = "old"
         assert self._machine is not None
+        assert self._arriving is not None
+        assert self._incoming is not None
+        self._arriving.arrive(self._monitor, self._incoming.clients)
+        self._release_events()
         self._fds.vault = self._machine.hypervisor.port
         self._own()
         if self._error is None:
@@ -574,6 +614,7 @@ class VmmProcess:
             log.warning("%s", self._error)
 
     def _not_received(self) -> None:
+        self._release_events()
         log.error("no guest was taken over: %s", self._error)
         if not self._exit.done():
             self._exit.set_result(HandoverError.exit_code)

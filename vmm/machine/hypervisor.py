@@ -13,13 +13,18 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import ClassVar
 
-from vmm.boot.cpuid import cpuid_table, guest_cpuid, offers_1gib_pages
+from vmm.boot.cpuid import guest_cpuid, offers_1gib_pages
 from vmm.errors import StateError
 from vmm.fds import FdStore, check_received, sealed_memfd
 from vmm.kvm import Cap, Port, System, Vcpu, Vm, abi
 from vmm.kvm.capabilities import require
 from vmm.machine.config import MachineConfig
-from vmm.machine.kvm_state import XSAVE_SIZE, MsrList, VcpuState, VmState, vcpu_pieces, vm_pieces
+from vmm.machine.cpuid_state import can_nest, check_cpuid, keep_cpuid, kept_cpuid
+from vmm.machine.guest_clock import GuestClock
+from vmm.machine.kvm_state import XSAVE_SIZE, VcpuFacts, VcpuState, VmState, vm_pieces
+from vmm.machine.lapic_state import settles_all_timers
+from vmm.machine.msr_state import MsrList, kernel_list
+from vmm.machine.tsc_state import TscState
 from vmm.memory import GuestMemory
 from vmm.state import Arena
 from vmm.state.arena import SIZE as ARENA_SIZE
@@ -44,7 +49,7 @@ class HypervisorFacts(ctypes.LittleEndianStructure):
     _fields_ = (
         ("tsc_khz", ctypes.c_uint32),
         ("gigabyte_pages", ctypes.c_uint32),
-        ("tsc_offset", ctypes.c_uint64),
+        ("host_khz", ctypes.c_uint32),
     )
 
 
@@ -73,9 +78,14 @@ class Hypervisor:
             self._system = System(port=port)
             require(self._system)
             self._make(memory)
-        self._open_states(fds)
+        self.tscs = [TscState(arena, vcpu) for vcpu in self.vcpus]
         if origin is Origin.NEW:
-            self.note_tsc()
+            self.facts.host_khz = self.vcpus[0].tsc_khz
+            self._save_tscs()
+        self.clock = GuestClock(arena, self.vm, self.facts.host_khz)
+        if origin is Origin.REBUILT:
+            self._set_time()
+        self._open_states(fds)
 
     # --- made anew ---
 
@@ -103,11 +113,21 @@ class Hypervisor:
     def _make_vcpu(self, index: int, supported: Sequence[abi.kvm_cpuid_entry2]) -> Vcpu:
         vcpu = self.vm.create_vcpu(index)
         deadline = bool(self.vm.check(Cap.TSC_DEADLINE_TIMER)) and self._config.irqchip != "none"
-        entries = guest_cpuid(
+        offered = guest_cpuid(
             supported, index, self._config.cpus, tsc_deadline=deadline, tsc_khz=vcpu.tsc_khz
         )
-        vcpu.set_cpuid(cpuid_table(entries))
+        if self.origin is Origin.NEW:
+            keep_cpuid(self._arena, index, offered)
+        kept = kept_cpuid(self._arena, index)
+        check_cpuid(index, kept.entries, offered)
+        vcpu.set_cpuid(kept)
         return vcpu
+
+    def _set_time(self) -> None:
+        """Give the new VM the guest's TSC and kvmclock, before the guest is stopped."""
+        for vcpu, tsc in zip(self.vcpus, self.tscs, strict=True):
+            tsc.prepare(self.vm, vcpu)
+        self.clock.align()
 
     # --- gone on with ---
 
@@ -136,35 +156,55 @@ class Hypervisor:
             msrs = MsrList.of(self._arena)
         else:
             has, xsave_size = self.vm.check, self.vm.xsave_size
-            msrs = MsrList.probe(self.vcpus[0], self._system.msr_index_list())
-        pieces = vcpu_pieces(has, xsave_size=xsave_size, in_kernel_lapic=lapic)
+            msrs = MsrList.probe(self.vcpus[0], kernel_list(self._system))
+        nests = can_nest(kept_cpuid(self._arena, 0).entries)
+        facts = VcpuFacts(
+            has=has,
+            xsave_size=xsave_size,
+            in_kernel_lapic=lapic,
+            nested_size=has(Cap.NESTED_STATE) if nests else 0,
+            timers_settle=settles_all_timers(),
+        )
         of_vm = vm_pieces(irqchip=chips, pit=chips)
         born = fds.find("fresh") is None
         fd = fds.get_or_open("fresh", 0, lambda: sealed_memfd("vmm-fresh", ARENA_SIZE))
         check_received("fresh", 0, fd, ARENA_SIZE)
         fresh = Arena(fd, create=born)
-        self._fresh_vcpus = [VcpuState(fresh, vcpu, pieces, msrs) for vcpu in self.vcpus]
+        self._fresh_vcpus = [VcpuState(fresh, vcpu, facts, msrs) for vcpu in self.vcpus]
         self._fresh_vm = VmState(fresh, self.vm, of_vm)
         if born:
             for state in self._fresh_vcpus:
                 state.save()
             self._fresh_vm.save()
-        self.vcpu_states = [VcpuState(self._arena, vcpu, pieces, msrs) for vcpu in self.vcpus]
+        self.vcpu_states = [VcpuState(self._arena, vcpu, facts, msrs) for vcpu in self.vcpus]
         self.vm_state = VmState(self._arena, self.vm, of_vm)
 
-    def note_tsc(self) -> None:
-        """Remember the TSC offset, which cannot be asked for while the vCPU runs. Call it while it does
-        not.
-        """
-        if self.vm.check(Cap.VCPU_ATTRIBUTES):
-            self.facts.tsc_offset = self.vcpus[0].tsc_offset
+    def announce(self) -> None:
+        """A handover is about to be offered: have what the new VM is given before the guest is stopped."""
+        self.clock.keep_line()
+
+    def save_chips(self) -> None:
+        """Store what is the VM's and not a vCPU's. Every vCPU has stopped, and none of them is saved yet."""
+        self.vm_state.save()
+        self._save_tscs()
+
+    def _save_tscs(self) -> None:
+        for vcpu, tsc in zip(self.vcpus, self.tscs, strict=True):
+            tsc.save(self.vm, vcpu)
+
+    def load_vcpu(self, index: int) -> None:
+        """Give a vCPU the stored state. Raises StateError."""
+        self.tscs[index].load(self.vcpus[index])
+        self.vcpu_states[index].load()
+
+    def load_chips(self) -> None:
+        """Give the VM the stored state, once every vCPU has its own."""
+        self.vm_state.load()
 
     def restore_birth_state(self) -> None:
-        """Give vCPUs and VM the state they had before the guest first ran; the TSC goes on."""
+        """Give vCPUs and VM the state they had before the guest first ran; its clocks go on."""
         for state in self._fresh_vcpus:
-            offset = state.vcpu.tsc_offset
             state.load()
-            state.vcpu.tsc_offset = offset
         self._fresh_vm.load()
 
     def close(self, *, for_good: bool) -> None:

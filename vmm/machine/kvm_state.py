@@ -2,7 +2,11 @@
 
 Each piece is one structure of the kernel, placed in the memfd: a KVM_GET ioctl of the old VMM writes straight
 into it and a KVM_SET ioctl of the new VMM reads straight from it, so that nothing is copied or encoded while
-the guest waits. docs/state.md has the table with the reason for each place in the order.
+the guest waits. docs/state.md has the table of all state, with the reason for each place in the order and the
+check that would notice a loss.
+
+What a guest cannot change, or changes hardly ever, is not here: CPUID (cpuid_state.py), the TSC
+(tsc_state.py) and kvmclock (guest_clock.py) are given to the new VM before the guest is stopped.
 """
 
 from __future__ import annotations
@@ -12,13 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vmm.errors import StateError
 from vmm.kvm import Cap, Vcpu, Vm, abi, sized
-from vmm.state import Arena, Section
+from vmm.machine.lapic_state import LapicSection, load_lapic, save_lapic
+from vmm.machine.msr_state import MsrList, MsrState
+from vmm.machine.pit_state import load_pit
+from vmm.state import Arena
 
 PIECE_VERSION = 1
 XSAVE_SIZE = 4096  # the least: struct kvm_xsave
-MSR_IA32_TSC = 0x10  # Intel SDM vol 4: never moved as a value; the TSC offset is (docs/design.md, Time)
 
 
 @dataclass(frozen=True)
@@ -41,81 +46,60 @@ class VmPiece:
     load: Callable[[Vm, Any], None]
 
 
-class TscOffset(ctypes.LittleEndianStructure):
-    """Guest TSC minus host TSC, in cycles modulo 2**64 (KVM_VCPU_TSC_OFFSET)."""
-
-    _fields_ = (("cycles", ctypes.c_uint64),)
-
-
-def _save_tsc_offset(vcpu: Vcpu, into: TscOffset) -> None:
-    into.cycles = vcpu.tsc_offset
-
-
-def _load_tsc_offset(vcpu: Vcpu, state: TscOffset) -> None:
-    vcpu.tsc_offset = state.cycles
-
-
-def msr_block(count: int) -> type[Any]:
-    """The kernel's kvm_msrs with room for `count` entries."""
-    return sized(abi.kvm_msrs, count)
-
-
 @dataclass(frozen=True)
-class MsrList:
-    """The MSRs of a machine on this host: those that can be read and set, and those that can only be read
-    (and are compared).
-    """
+class VcpuFacts:
+    """What decides which state a machine's vCPUs have here."""
 
-    settable: tuple[int, ...]
-    fixed: tuple[int, ...]
-
-    @classmethod
-    def of(cls, arena: Arena) -> MsrList:
-        """The list that the sections of a machine's first vCPU were made from."""
-        lists = []
-        for name in ("vcpu/msrs", "vcpu/msrs-fixed"):
-            section = arena.find(name, 0)
-            if section is None:
-                raise StateError(f"state section {name}/0 is missing")
-            lists.append(_indices(arena.place(name, 0, msr_block(_count(section)), PIECE_VERSION)))
-        return cls(*lists)
-
-    @classmethod
-    def probe(cls, vcpu: Vcpu, indices: tuple[int, ...]) -> MsrList:
-        """Sort the kernel's list by trying each MSR on a vCPU that has its CPUID and has not run yet.
-
-        Reads the fresh values and writes the same values back: nothing changes.
-        """
-        readable = [index for index in indices if index != MSR_IA32_TSC]
-        block = _filled(readable)
-        while (done := vcpu.get_msrs(block)) < len(readable):
-            del readable[done]
-            block = _filled(readable)
-        settable, fixed, start = [], [], 0
-        while start < len(readable):
-            rest = _filled(readable[start:])
-            ctypes.memmove(rest.entries, ctypes.addressof(block.entries[start]), ctypes.sizeof(rest.entries))
-            done = vcpu.set_msrs(rest)
-            settable += readable[start : start + done]
-            fixed += readable[start + done : start + done + 1]
-            start += done + 1
-        return cls(tuple(settable), tuple(fixed))
+    has: Callable[[int], int]  # asks for a capability
+    xsave_size: int  # bytes
+    in_kernel_lapic: bool
+    nested_size: int  # bytes; 0: the guest runs no guests of its own
+    timers_settle: bool  # lapic_state.settles_all_timers() of the host
 
 
-def _filled(indices: list[int] | tuple[int, ...], block: Any = None) -> Any:
-    block = block if block is not None else msr_block(len(indices))()
-    block.nmsrs = len(indices)
-    for entry, index in zip(block.entries, indices, strict=True):
-        entry.index = index
-    return block
+# KVM_GET_MP_STATE first takes in a waiting INIT or SIPI, which changes all other state. Reading the LAPIC may
+# enter KVM_RUN to have expired timers noticed, which may wake a halted vCPU and inject an interrupt: so MP
+# state comes once more after it, and events. Events before what delivering a pending exception would change
+# (CR2, DR6, on kernels without KVM_CAP_EXCEPTION_PAYLOAD). The rest in any order.
+SAVE_ORDER = (
+    "mp_state",
+    "lapic",
+    "mp_state",
+    "events",
+    "regs",
+    "sregs2",
+    "sregs",
+    "xcrs",
+    "xsave",
+    "fpu",
+    "debugregs",
+    "msrs",
+    "nested",
+)
+# Control registers, EFER and the APIC base decide what all else is checked against. The LAPIC's timer mode
+# comes before MSR_IA32_TSC_DEADLINE, which is ignored in the others; nested state after EFER.SVME, CR4.VMXE
+# and the MSRs that enable it; events after the registers, which drop a pending exception; MP state last, for
+# control registers may wake the first vCPU.
+LOAD_ORDER = (
+    "sregs2",
+    "sregs",
+    "regs",
+    "xcrs",
+    "xsave",
+    "fpu",
+    "debugregs",
+    "lapic",
+    "msrs",
+    "nested",
+    "events",
+    "mp_state",
+)
 
 
-def _indices(block: Any) -> tuple[int, ...]:
-    return tuple(entry.index for entry in block.entries)
-
-
-def vcpu_pieces(has: Callable[[int], int], *, xsave_size: int, in_kernel_lapic: bool) -> dict[str, VcpuPiece]:
-    """Every piece of a vCPU's state that this kernel has (`has` asks for a capability), MSRs excepted."""
+def vcpu_pieces(facts: VcpuFacts) -> dict[str, VcpuPiece]:
+    """Every piece of a vCPU's state that this kernel has, LAPIC and MSRs excepted."""
+    has = facts.has
+    kind: type[Any]
     pieces = [
         VcpuPiece("mp_state", abi.kvm_mp_state, Vcpu.get_mp_state, Vcpu.set_mp_state),
         VcpuPiece("regs", abi.kvm_regs, Vcpu.get_regs, Vcpu.set_regs),
@@ -124,7 +108,7 @@ def vcpu_pieces(has: Callable[[int], int], *, xsave_size: int, in_kernel_lapic: 
         else VcpuPiece("sregs", abi.kvm_sregs, Vcpu.get_sregs, Vcpu.set_sregs),
     ]
     if has(Cap.XSAVE):
-        kind = sized(abi.kvm_xsave, (xsave_size - XSAVE_SIZE) // 4)
+        kind = sized(abi.kvm_xsave, (facts.xsave_size - XSAVE_SIZE) // 4)
         pieces.append(VcpuPiece("xsave", kind, Vcpu.get_xsave, Vcpu.set_xsave))
     else:
         pieces.append(VcpuPiece("fpu", abi.kvm_fpu, Vcpu.get_fpu, Vcpu.set_fpu))
@@ -132,94 +116,51 @@ def vcpu_pieces(has: Callable[[int], int], *, xsave_size: int, in_kernel_lapic: 
         pieces.append(VcpuPiece("xcrs", abi.kvm_xcrs, Vcpu.get_xcrs, Vcpu.set_xcrs))
     if has(Cap.DEBUGREGS):
         pieces.append(VcpuPiece("debugregs", abi.kvm_debugregs, Vcpu.get_debugregs, Vcpu.set_debugregs))
-    if in_kernel_lapic:
-        pieces.append(VcpuPiece("lapic", abi.kvm_lapic_state, Vcpu.get_lapic, Vcpu.set_lapic))
     if has(Cap.VCPU_EVENTS):
         pieces.append(VcpuPiece("events", abi.kvm_vcpu_events, Vcpu.get_events, Vcpu.set_events))
-    if has(Cap.VCPU_ATTRIBUTES):
-        pieces.append(VcpuPiece("tsc_offset", TscOffset, _save_tsc_offset, _load_tsc_offset))
+    if facts.nested_size:
+        kind = sized(abi.kvm_nested_state, facts.nested_size - ctypes.sizeof(abi.kvm_nested_state))
+        pieces.append(VcpuPiece("nested", kind, _save_nested, Vcpu.set_nested_state))
     return {piece.name: piece for piece in pieces}
 
 
-# KVM_GET_MP_STATE takes a pending INIT or SIPI into account first, which changes registers and events: so it
-# comes first.
-SAVE_ORDER = (
-    "mp_state",
-    "regs",
-    "sregs2",
-    "sregs",
-    "xsave",
-    "fpu",
-    "xcrs",
-    "debugregs",
-    "lapic",
-    "msrs",
-    "events",
-    "tsc_offset",
-)
-# sregs carry the APIC base that the LAPIC needs and the CR4/EFER that MSRs and XSAVE are checked against;
-# XCR0 before XSAVE; the LAPIC's timer mode before MSR_IA32_TSC_DEADLINE; events after what could clear them;
-# mp_state last, for SET_SREGS may wake a BSP.
-LOAD_ORDER = (
-    "tsc_offset",
-    "sregs2",
-    "sregs",
-    "regs",
-    "xcrs",
-    "xsave",
-    "fpu",
-    "debugregs",
-    "lapic",
-    "msrs",
-    "events",
-    "mp_state",
-)
+def _save_nested(vcpu: Vcpu, into: Any) -> None:
+    into.size = ctypes.sizeof(into)  # in: room; out: what there is
+    vcpu.get_nested_state(into)
 
 
 class VcpuState:
     """The sections of one vCPU, and saving it to and loading it from them."""
 
-    def __init__(self, arena: Arena, vcpu: Vcpu, pieces: dict[str, VcpuPiece], msrs: MsrList) -> None:
+    def __init__(self, arena: Arena, vcpu: Vcpu, facts: VcpuFacts, msrs: MsrList) -> None:
         """Find or make the sections. Raises StateError where sections made by another VMM do not fit this
         host.
         """
         self.vcpu = vcpu
-        index = vcpu.index
-        for section in arena:
-            known = section.name.removeprefix("vcpu/")
-            if (
-                section.instance == index
-                and known != section.name
-                and known not in pieces
-                and known[:4] != "msrs"
-            ):
-                raise StateError(
-                    f"state section {section.name}/{index}: this host's KVM has no such state; "
-                    "the guest cannot move here"
-                )
-        placed: dict[str, Any] = {
-            name: arena.place(f"vcpu/{name}", index, piece.kind, PIECE_VERSION)
+        self._settle: Callable[[], object] = _nothing
+        pieces, msr_state = vcpu_pieces(facts), MsrState(arena, vcpu.index, msrs)
+        self.sections: dict[str, Any] = {
+            name: arena.place(f"vcpu/{name}", vcpu.index, piece.kind, PIECE_VERSION)
             for name, piece in pieces.items()
         }
-        self._msrs = _place_msrs(arena, "vcpu/msrs", index, msrs.settable, msrs.settable)
-        self._fixed = _place_msrs(arena, "vcpu/msrs-fixed", index, msrs.fixed, msrs.settable + msrs.fixed)
-        self._fixed_here = _filled(_indices(self._fixed))
-        self.sections: dict[str, Any] = {**placed, "msrs": self._msrs}
-        self._saves = [self._step(name, pieces, save=True) for name in SAVE_ORDER if name in self.sections]
-        self._loads = [self._step(name, pieces, save=False) for name in LOAD_ORDER if name in self.sections]
+        saves: dict[str, Callable[[Vcpu, Any], None]] = {name: piece.save for name, piece in pieces.items()}
+        loads: dict[str, Callable[[Vcpu, Any], None]] = {name: piece.load for name, piece in pieces.items()}
+        self.sections["msrs"] = msr_state.values
+        saves["msrs"] = lambda vcpu, _: msr_state.save(vcpu)
+        loads["msrs"] = lambda vcpu, _: msr_state.load(vcpu)
+        if facts.in_kernel_lapic:
+            self.sections["lapic"] = arena.place("vcpu/lapic", vcpu.index, LapicSection, PIECE_VERSION)
+            saves["lapic"] = lambda vcpu, section: save_lapic(vcpu, section, self._settle)
+            loads["lapic"] = lambda vcpu, section: load_lapic(vcpu, section, all_settled=facts.timers_settle)
+        self._saves = [(saves[name], self.sections[name]) for name in SAVE_ORDER if name in saves]
+        self._loads = [(loads[name], self.sections[name]) for name in LOAD_ORDER if name in loads]
 
-    def _step(
-        self, name: str, pieces: dict[str, VcpuPiece], *, save: bool
-    ) -> tuple[Callable[..., None], Any]:
-        if name == "msrs":
-            return (self._save_msrs if save else self._load_msrs), self._msrs
-        piece = pieces[name]
-        return (piece.save if save else piece.load), self.sections[name]
-
-    def save(self) -> None:
+    def save(self, settle: Callable[[], object] | None = None) -> None:
         """Store the vCPU's whole state. Call it on the vCPU's thread, outside KVM_RUN, with no exit half
-        served.
+        served and every other vCPU stopped. `settle` enters KVM_RUN and leaves it at once; it is not needed
+        for a vCPU that has never run.
         """
+        self._settle = settle or _nothing
         vcpu = self.vcpu
         for step, section in self._saves:
             step(vcpu, section)
@@ -230,56 +171,9 @@ class VcpuState:
         for step, section in self._loads:
             step(vcpu, section)
 
-    def _save_msrs(self, vcpu: Vcpu, block: Any) -> None:
-        for part in (block, self._fixed):
-            done = vcpu.get_msrs(part)
-            if done != part.nmsrs:
-                raise StateError(
-                    f"vCPU {vcpu.index}: MSR {part.entries[done].index:#x} cannot be read any more"
-                )
 
-    def _load_msrs(self, vcpu: Vcpu, block: Any) -> None:
-        done = vcpu.set_msrs(block)
-        if done != block.nmsrs:
-            entry = block.entries[done]
-            raise StateError(
-                f"vCPU {vcpu.index}: MSR {entry.index:#x} cannot be restored to {entry.data:#x} on this host"
-            )
-        vcpu.get_msrs(self._fixed_here)
-        if bytes(self._fixed_here) != bytes(self._fixed):
-            for here, there in zip(self._fixed_here.entries, self._fixed.entries, strict=True):
-                if here.data != there.data:
-                    raise StateError(
-                        f"vCPU {vcpu.index}: MSR {there.index:#x} is {there.data:#x} in the guest, "
-                        f"{here.data:#x} on this host, and cannot be set; the guest cannot move here"
-                    )
-
-
-def _count(section: Section) -> int:
-    """How many entries a section of MSRs has room for."""
-    count, odd = divmod(section.size - 8, ctypes.sizeof(abi.kvm_msr_entry))
-    if odd or count < 0:
-        raise StateError(
-            f"state section {section.name}/{section.instance}: {section.size} bytes is no list of MSRs"
-        )
-    return count
-
-
-def _place_msrs(arena: Arena, name: str, index: int, own: tuple[int, ...], allowed: tuple[int, ...]) -> Any:
-    """The MSR section of that name: a new one lists `own`; one that is there must list only `allowed`
-    MSRs.
-    """
-    section = arena.find(name, index)
-    if section is None:
-        return _filled(own, arena.place(name, index, msr_block(len(own)), PIECE_VERSION))
-    count = _count(section)
-    block = arena.place(name, index, msr_block(count), PIECE_VERSION)
-    strange = [f"{msr:#x}" for msr in _indices(block) if msr not in allowed]
-    if block.nmsrs != count or strange:
-        raise StateError(
-            f"state section {name}/{index}: MSR {', '.join(strange) or 'count'} cannot be restored here"
-        )
-    return block
+def _nothing() -> None:
+    """A vCPU that has never run has no timer to settle."""
 
 
 def _chip(chip_id: int) -> tuple[Callable[[Vm, Any], None], Callable[[Vm, Any], None]]:
@@ -293,10 +187,10 @@ def _chip(chip_id: int) -> tuple[Callable[[Vm, Any], None], Callable[[Vm, Any], 
 
 
 def vm_pieces(*, irqchip: bool, pit: bool) -> list[VmPiece]:
-    """The VM's own state in the order of loading: after every LAPIC, since loading the IOAPIC may inject into
-    them.
+    """The VM's own state in the order of loading: the IOAPIC may inject into the LAPICs, and the PIT, which
+    starts to count when it is loaded, into both.
     """
-    pieces = [VmPiece("clock", abi.kvm_clock_data, Vm.get_clock, _load_clock)]
+    pieces = []
     if irqchip:
         for name, chip_id in (
             ("pic-master", abi.KVM_IRQCHIP_PIC_MASTER),
@@ -305,17 +199,8 @@ def vm_pieces(*, irqchip: bool, pit: bool) -> list[VmPiece]:
         ):
             pieces.append(VmPiece(name, abi.kvm_irqchip, *_chip(chip_id)))
     if pit:
-        pieces.append(VmPiece("pit2", abi.kvm_pit_state2, Vm.get_pit2, Vm.set_pit2))
+        pieces.append(VmPiece("pit2", abi.kvm_pit_state2, Vm.get_pit2, load_pit))
     return pieces
-
-
-def _load_clock(vm: Vm, saved: abi.kvm_clock_data) -> None:
-    """Set kvmclock so that the time of the pause has passed in it: the kernel adds what CLOCK_REALTIME gained
-    since.
-    """
-    data = abi.kvm_clock_data.from_buffer_copy(saved)
-    data.flags &= abi.KVM_CLOCK_REALTIME
-    vm.set_clock(data)
 
 
 class VmState:
@@ -328,7 +213,9 @@ class VmState:
         ]
 
     def save(self) -> None:
-        """Store the VM's state, once every vCPU has stopped."""
+        """Store the VM's state: once every vCPU has stopped, and before any LAPIC is read. An interrupt that
+        comes in between is then in a LAPIC, and not in a chip alone that was read before.
+        """
         for piece, section in self._pieces:
             piece.save(self._vm, section)
 

@@ -35,6 +35,7 @@ SOFTWARE_ENABLE: Final = 1 << 8  # of SPURIOUS
 MASKED: Final = 1 << 16  # of LVT_TIMER
 BUS_CYCLE_NS: Final = 1_000_000 // KVM_APIC_BUS_KHZ
 
+NEVER_NS: Final = 1 << 64
 MOST_READINGS: Final = 8
 NEAR_NS: Final = 50_000  # a reading that took longer is repeated: when in it the kernel looked is unknown
 HV_TIMER: Final = Path("/sys/module/kvm_intel/parameters/preemption_timer")
@@ -107,12 +108,11 @@ def save_lapic(vcpu: Vcpu, section: LapicSection, settle: Callable[[], object]) 
         vcpu.get_lapic(registers)
         now_ns = monotonic_ns()
         mode, left_ns = timer_mode(registers), remaining_ns(registers)
-        if mode is TimerMode.PERIODIC or (mode is TimerMode.ONE_SHOT and not left_ns):
-            if now_ns >= quiet_until_ns:
-                quiet_until_ns = section.taken_ns + left_ns if left_ns else 1 << 64
-                settle()
-                continue
-        if now_ns - section.taken_ns <= NEAR_NS:
+        may_have_expired = mode is TimerMode.PERIODIC or (mode is TimerMode.ONE_SHOT and not left_ns)
+        if may_have_expired and now_ns >= quiet_until_ns:
+            quiet_until_ns = section.taken_ns + left_ns if left_ns else NEVER_NS
+            settle()
+        elif now_ns - section.taken_ns <= NEAR_NS:
             return
 
 

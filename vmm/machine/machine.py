@@ -118,6 +118,33 @@ class _Latch:
             raise self._error
 
 
+class _Rendezvous:
+    """Where vCPU threads meet once all of them have stopped; one does what is to be done then, and all go on.
+
+    Until the last has stopped it may send the others interrupts, INIT and SIPI: nothing of them is settled.
+    """
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._then = then
+        self._error: BaseException | None = None
+        self._barrier = threading.Barrier(count, self._act, STOP_TIMEOUT_S)
+
+    def _act(self) -> None:
+        try:
+            self._then()
+        except BaseException as error:  # noqa: BLE001 -- raised in every thread that waits
+            self._error = error
+
+    def wait(self) -> None:
+        """Called by each vCPU thread. Raises what the action raised."""
+        try:
+            self._barrier.wait()
+        except threading.BrokenBarrierError:
+            raise VmmError(f"not every vCPU stopped within {STOP_TIMEOUT_S} s") from None
+        if self._error is not None:
+            raise self._error
+
+
 class Machine:
     """One guest machine in this process."""
 
@@ -313,11 +340,17 @@ class Machine:
         }
 
     def inject_nmi(self) -> None:
-        """QMP `inject-nmi`: an NMI to every vCPU, as QEMU has it."""
+        """QMP `inject-nmi`: an NMI to every vCPU, as QEMU has it. Raises VmmError during a handover.
+
+        KVM_NMI waits for KVM_RUN to return: so the vCPUs stop for it, each does it itself, and they go on.
+        """
         with self._lock:
-            if self.run_state is RunState.RUNNING and self.config.irqchip != "none":
+            if self.run_state not in (RunState.RUNNING, RunState.PAUSED):
+                raise VmmError(f"no NMI can be injected in run state {self.run_state.value}")
+            self._pause_vcpus(lambda index: self.threads[index].vcpu.nmi())
+            if self.run_state is RunState.RUNNING and not self.state.ended:
                 for thread in self.threads:
-                    thread.vcpu.nmi()
+                    thread.resume()
 
     def close(self, *, for_good: bool) -> None:
         """End the threads and give everything but the fds back; with `for_good`, the VM itself ends too.
@@ -374,17 +407,14 @@ class Machine:
             self._enter(RunState.FINISH_MIGRATE)
             try:
                 self.tracer.mark("pause")
+                self.chardev.freeze()  # first: from here on nothing but a vCPU moves an interrupt line
                 if keep_running:
                     self._let_vcpus_go()
                 else:
-                    self._pause_vcpus(lambda index: self.hypervisor.vcpu_states[index].save())
+                    self._save()
                 self.tracer.mark("vcpus-saved")
                 if self.state.ended:
                     raise HandoverError("the guest ended while it was being stopped")
-                if not keep_running:
-                    self.hypervisor.vm_state.save()
-                    self.hypervisor.note_tsc()
-                self.chardev.freeze()
                 if keep_running:
                     self.hypervisor.port.detach()
                 self.tracer.mark("saved")
@@ -392,6 +422,16 @@ class Machine:
                 self.roll_back()
                 raise
             return was is RunState.RUNNING
+
+    def _save(self) -> None:
+        """Stop the vCPUs; then store the chips, and after them, in parallel, the vCPUs."""
+        stopped = _Rendezvous(len(self.threads), self.hypervisor.save_chips)
+
+        def save(index: int) -> None:
+            stopped.wait()
+            self.hypervisor.vcpu_states[index].save(self.threads[index].settle)
+
+        self._pause_vcpus(save)
 
     def _let_vcpus_go(self) -> None:
         for thread in self.threads:
@@ -422,12 +462,11 @@ class Machine:
         """
         with self._lock:
             if self.hypervisor.origin is Origin.REBUILT:
-                states = self.hypervisor.vcpu_states
                 if len(self.threads) == 1:
-                    states[0].load()  # one hop less
+                    self.hypervisor.load_vcpu(0)  # one hop less
                 else:
-                    self._on_vcpus(lambda index: states[index].load(), STOP_TIMEOUT_S)
-                self.hypervisor.vm_state.load()
+                    self._on_vcpus(self.hypervisor.load_vcpu, STOP_TIMEOUT_S)
+                self.hypervisor.load_chips()
             self.tracer.mark("loaded")
 
     def resume(self, *, running: bool, after_crash: bool = False) -> None:
@@ -452,6 +491,7 @@ class Machine:
         `release_fds`.
         """
         self.chardev.hold()
+        self.hypervisor.announce()
 
     def release_fds(self) -> None:
         """Undo `hold_fds`, where the handover ended before the guest was stopped."""
@@ -472,7 +512,7 @@ class Machine:
         after = time.monotonic_ns()
         if not data.flags & abi.KVM_CLOCK_HOST_TSC:
             raise HostError("this host's KVM_GET_CLOCK gives no host TSC (KVM_CLOCK_HOST_TSC, Linux 5.16)")
-        guest_tsc = (data.host_tsc + self.hypervisor.facts.tsc_offset) % (1 << 64)
+        guest_tsc = (data.host_tsc + self.hypervisor.tscs[0].section.offset) % (1 << 64)
         return {
             "monotonic-ns": (before + after) // 2,
             "uncertainty-ns": after - before,

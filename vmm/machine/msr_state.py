@@ -93,8 +93,8 @@ class MsrState:
         if done != self.values.nmsrs:
             entry = self.values.entries[done]
             raise StateError(
-                f"vCPU {vcpu.index}: MSR {entry.index:#x} cannot be restored to {entry.data:#x} on this host; "
-                "the guest cannot move here"
+                f"vCPU {vcpu.index}: MSR {entry.index:#x} cannot be restored to {entry.data:#x} on this "
+                "host; the guest cannot move here"
             )
         if not self._fixed.nmsrs:
             return

@@ -1,0 +1,55 @@
+"""The guest's TSC in a handover: its distance from the host's TSC and its frequency stay what they are.
+
+Both VMMs are on one host and so on one TSC. What moves is KVM's offset, never a value, so the guest's counter
+goes on to the cycle, the pause included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from vmm.errors import StateError
+from vmm.kvm import Cap, Vcpu, Vm
+from vmm.state import Arena
+
+SECTION, VERSION = "vcpu/tsc", 1
+
+
+class TscSection(ctypes.LittleEndianStructure):
+    """Guest TSC minus host TSC in cycles, modulo 2**64 (KVM_VCPU_TSC_OFFSET), and the guest's kHz."""
+
+    _fields_ = (("offset", ctypes.c_uint64), ("khz", ctypes.c_uint32), ("has_offset", ctypes.c_uint32))
+
+
+class TscState:
+    """The TSC of one vCPU, in the state memfd."""
+
+    def __init__(self, arena: Arena, vcpu: Vcpu) -> None:
+        self.section = arena.place(SECTION, vcpu.index, TscSection, VERSION)
+
+    def save(self, vm: Vm, vcpu: Vcpu) -> None:
+        """Keep offset and frequency. The vCPU must be out of KVM_RUN, or this waits."""
+        self.section.khz = vcpu.tsc_khz
+        self.section.has_offset = vm.check(Cap.VCPU_ATTRIBUTES) != 0
+        if self.section.has_offset:
+            self.section.offset = vcpu.tsc_offset
+
+    def prepare(self, vm: Vm, vcpu: Vcpu) -> None:
+        """Give a new vCPU the guest's frequency and offset, before anything else that counts time.
+
+        Raises StateError where this host's TSC has another frequency and KVM cannot scale it.
+        """
+        wanted, here = self.section.khz, vcpu.tsc_khz
+        if wanted != here:
+            if not vm.check(Cap.TSC_CONTROL):
+                raise StateError(
+                    f"vCPU {vcpu.index}: the guest's TSC runs at {wanted} kHz, this host's at {here} kHz, "
+                    "and its KVM cannot scale it (KVM_CAP_TSC_CONTROL); the guest cannot move here"
+                )
+            vcpu.set_tsc_khz(wanted)
+        self.load(vcpu)
+
+    def load(self, vcpu: Vcpu) -> None:
+        """The same for what the guest has changed since: its offset, by writing to the TSC."""
+        if self.section.has_offset and vcpu.tsc_offset != self.section.offset:
+            vcpu.tsc_offset = self.section.offset

@@ -5,7 +5,7 @@ Imported only where the environment variable VMM_FAULT is set. It holds faults d
     SIDE:STEP:KIND          outgoing:send_state:kill, incoming:load:delay:300, incoming:after-load:stop
 
 SIDE is `outgoing` or `incoming`. STEP is a call of that side's world; the fault strikes before it, or with
-`after-` once it has succeeded. Each strikes once. The kinds:
+`after-` once it has succeeded. Each strikes once in a process and is then gone from the variable. The kinds:
 
     kill        SIGKILL to this process
     stop        SIGSTOP to this process; whoever runs the test continues it
@@ -35,6 +35,7 @@ from vmm.errors import HandoverError, UsageError
 
 log = logging.getLogger(__name__)
 
+VARIABLE = "VMM_FAULT"
 AFTER = "after-"
 W = TypeVar("W", OutgoingWorld, IncomingWorld)
 
@@ -64,7 +65,7 @@ class Fault:
 def parse(text: str) -> list[Fault]:
     """The faults of a VMM_FAULT. Raises UsageError."""
     faults = []
-    for one in text.split(";"):
+    for one in filter(None, text.split(";")):
         side, _, rest = one.partition(":")
         step, _, rest = rest.partition(":")
         kind, _, argument = rest.partition(":")
@@ -78,10 +79,10 @@ def parse(text: str) -> list[Fault]:
     return faults
 
 
-def inject(world: W, text: str) -> W:
-    """`world` with the faults in `text` that are for its side. Raises UsageError."""
+def inject(world: W) -> W:
+    """`world` with the faults that the variable has for its side. Raises UsageError."""
     side = "outgoing" if hasattr(world, "ask_token") else "incoming"
-    faults = [fault for fault in parse(text) if fault.side == side]
+    faults = [fault for fault in parse(os.environ[VARIABLE]) if fault.side == side]
     for fault in faults:
         log.warning("VMM_FAULT: %s", fault)
     return cast("W", _FaultyWorld(world, faults)) if faults else world
@@ -110,6 +111,9 @@ class _FaultyWorld:
     def _strike(self, step: str, *, after: bool) -> None:
         for fault in [fault for fault in self._faults if (fault.step, fault.after) == (step, after)]:
             self._faults.remove(fault)
+            os.environ[VARIABLE] = ";".join(
+                str(other) for other in parse(os.environ[VARIABLE]) if other != fault
+            )
             log.warning("VMM_FAULT: %s strikes", fault)
             _KINDS[fault.kind](self._world, fault)
 

@@ -269,7 +269,6 @@ class VmmProcess:
             self._monitor.emit(event, data, at)
 
     def _release_events(self) -> None:
-        print("RELEASE", self._kept_back, threading.current_thread(), flush=True)
         kept, self._kept_back = self._kept_back, []
         for event, data, at in kept:
             self._emit(event, data, at)
@@ -464,13 +463,16 @@ class VmmProcess:
             clients.close()
             self._status, self._error = "failed", str(error)
             raise QmpError(str(error)) from error
-        self._carrier = threading.Thread(target=self._carry_out, args=(world, clients), name="handover", daemon=True)
+        self._carrier = threading.Thread(
+            target=self._carry_out, args=(world, clients), name="handover", daemon=True
+        )
         self._set_status("setup")
         self._carrier.start()
 
     def _let_go(self, clients: LeavingClients) -> list[tuple[int, bytes]]:
         """The clients that move hear what happened here, and no more."""
         self._release_events()
+        self._monitor.send_events()
         return clients.leave()
 
     def migrate_cancel(self) -> None:

@@ -24,6 +24,7 @@ from vmm.cpr.protocol import (
     LARGEST_REASON,
     Cancel,
     Commit,
+    Farewell,
     FdEntry,
     Method,
     Offer,
@@ -134,7 +135,9 @@ class LiveOutgoing:
         tracer: Tracer,
         report: Report,
         on_phase: Callable[[outgoing.Phase, str | None], None],
+        farewell: Callable[[], list[tuple[int, bytes]]] = list,
     ) -> None:
+        """`farewell` gives up the clients that move with the guest, once it has gone."""
         self.phase = outgoing.Phase.IDLE
         self.cancel = CancelSwitch()
         self.report = report
@@ -145,6 +148,7 @@ class LiveOutgoing:
         self._timeouts = timeouts
         self._tracer = tracer
         self._on_phase = on_phase
+        self._farewell = farewell
         self._cpr: Channel | None = None
         self._main: Channel | None = None
         self._was_running = False
@@ -233,6 +237,10 @@ class LiveOutgoing:
         running = expect(message, Running)
         self.report.new_pid = running.pid
         self.report.add(Event(event.name, event.ns, "new", running.pid) for event in running.events)
+        try:
+            self._channel.send(Farewell(self._farewell()), (), self._timeouts.commit_s)
+        except PeerError as error:
+            log.warning("the clients that were to move with the guest are lost: %s", error)
 
     async def keep_token(self) -> None:
         self._epoch = self._token.renew()
@@ -300,6 +308,7 @@ class LiveIncoming:
         """
         self.phase = incoming.Phase.LISTENING
         self.cancel = CancelSwitch()
+        self.clients: list[tuple[int, bytes]] = []
         self.fds = FdStore()
         self.token: RunToken | None = None
         self.machine: IncomingMachine | None = None
@@ -404,9 +413,19 @@ class LiveIncoming:
         events = [TraceEvent(event.name, event.ns) for event in self._tracer]
         try:
             self._main.send(Running(os.getpid(), events), (), self._timeouts.commit_s)
+            self.clients = self._receive_farewell(self._main)
         finally:
             self._main.close()
             self._main = None
+
+    def _receive_farewell(self, main: Channel) -> list[tuple[int, bytes]]:
+        try:
+            message, fds = main.receive(self._timeouts.commit_s)
+            _close_all(fds)
+            return expect(message, Farewell).clients
+        except HandoverError as error:
+            log.warning("no clients came with the guest: %s", error)
+            return []
 
     async def refuse(self, reason: str) -> None:
         for channel in self.channels:

@@ -10,7 +10,7 @@ bounded.
                       ◀──  Prepared   or   Refuse                ──
     releases token    ──  Commit                                 ──▶     takes the token, runs the guest
                       ◀──  Running (its part of the report)      ──      serves
-    postmigrate
+    postmigrate       ──  Farewell (clients that move)           ──▶     serves them, too
 
 Until Commit the old VMM can take everything back, and does on any error, hang-up, timeout or cancel (it says
 Cancel where it still can). After Commit the token says who runs the guest, whatever else gets lost.
@@ -113,7 +113,15 @@ class Running(Message, frozen=True, tag="running"):
     events: list[TraceEvent]
 
 
-AnyMessage = Offer | Refuse | Ready | State | Prepared | Commit | Cancel | Running
+class Farewell(Message, frozen=True, tag="farewell"):
+    """Old to new: the clients of the monitor that come with the guest, `(id of fd qmp, state)`. The last
+    word.
+    """
+
+    clients: list[tuple[int, bytes]]
+
+
+AnyMessage = Offer | Refuse | Ready | State | Prepared | Commit | Cancel | Running | Farewell
 _decoder = msgspec.json.Decoder(AnyMessage)
 _encoder = msgspec.json.Encoder()
 M = TypeVar("M", bound=Message)

@@ -78,6 +78,15 @@ class Connection:
         return self._session.negotiated
 
     @property
+    def in_turn(self) -> bool:
+        """Whether one of its commands is being carried out."""
+        return self._in_turn
+
+    def fileno(self) -> int:
+        """Its socket's fd."""
+        return self._socket.fileno()
+
+    @property
     def unsent_bytes(self) -> int:
         """How much output waits for the client."""
         return len(self._unsent)
@@ -262,7 +271,7 @@ class QmpServer:
             sock,
             session,
             unsent,
-            self._send_events,
+            self.send_events,
             lambda ended: self._connections.pop(ended, None),
         )
         self._connections[connection] = None
@@ -297,11 +306,11 @@ class QmpServer:
             self._events.append(encoded)
             first = len(self._events) == 1
         if first:
-            self._loop.call_soon_threadsafe(self._send_events)
+            self._loop.call_soon_threadsafe(self.send_events)
 
     def close(self) -> None:
         """End every connection, sending what the sockets take, and remove the listeners with their files."""
-        self._send_events()
+        self.send_events()
         for connection in self.connections:
             connection.close()
         for listener in self.release_listeners():
@@ -310,7 +319,8 @@ class QmpServer:
                 _unlink(name)
             listener.close()
 
-    def _send_events(self) -> None:
+    def send_events(self) -> None:
+        """Send what `emit` was given so far."""
         with self._lock:
             events, self._events = self._events, []
             lost, self._lost_events = self._lost_events, 0

@@ -20,12 +20,17 @@ static u64 entry_for(u32 frame)
 	return (u64)frames[frame] | PRESENT_WRITABLE;
 }
 
+static u64 mark_of(u32 frame)
+{
+	return unlike(0, frame, 0);
+}
+
 static bool prepare(void)
 {
 	u64 *highest = (u64 *)(read_cr3() & ~0xfffull);
 
 	for (u32 i = 0; i < FRAMES; i++)
-		frames[i][0] = unlike(0, i, 0);
+		frames[i][0] = mark_of(i);
 	for (u32 i = 0; i < MAX_CPUS; i++)
 		entries[i] = entry_for(0);
 	directory[0] = (u64)entries | PRESENT_WRITABLE;
@@ -39,11 +44,11 @@ static void turn(struct vcpu *v)
 	u64 window = WINDOWS + (u64)v->index * PAGE_SIZE;
 	u32 *frame = &shown[v->index];
 
-	expect(v, CHECK_PAGING, frames[*frame][0], *(volatile u64 *)window, window);
+	expect(v, CHECK_PAGING, mark_of(*frame), *(volatile u64 *)window, window);
 	*frame ^= 1;
 	*(volatile u64 *)&entries[v->index] = entry_for(*frame);
 	invlpg(window);
-	expect(v, CHECK_PAGING, frames[*frame][0], *(volatile u64 *)window, window);
+	expect(v, CHECK_PAGING, mark_of(*frame), *(volatile u64 *)window, window);
 	count(v, CHECK_PAGING);
 }
 

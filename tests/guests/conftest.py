@@ -14,7 +14,7 @@ Run = Callable[..., RunningGuest]
 
 
 @pytest.fixture
-def run(kvm_device: Path, tmp_path: Path) -> Iterator[Run]:
+def run(kvm_device: Path) -> Iterator[Run]:
     """`run("sentinel", "rounds=1", cpus=2)`: a guest that runs, ended with the test."""
     with ExitStack() as stack:
-        yield lambda *image, **machine: stack.enter_context(running(tmp_path, *image, **machine))
+        yield lambda *image, **machine: stack.enter_context(running(*image, **machine))

@@ -61,8 +61,8 @@ class Supervisor:
         recent = sum(1 for start in self._starts if start > now - WINDOW_S)
         if recent >= MOST_RESTARTS:
             raise HandoverError(
-                f"{self._directory.name}: {recent} VMMs within {WINDOW_S:g} s did not last; the guest waits in "
-                f"its keeper: see the log, then 'vmm attach {self._directory.name}'"
+                f"{self._directory.name}: {recent} VMMs within {WINDOW_S:g} s did not last; the guest waits "
+                f"in its keeper: see the log, then 'vmm attach {self._directory.name}'"
             )
         time.sleep(BACK_OFF_S[min(recent, len(BACK_OFF_S) - 1)])
         self._starts.append(now)

@@ -27,6 +27,9 @@ from vmm.devices.debug_exit import DebugExit
 from vmm.devices.power import PowerOff
 from vmm.devices.reset import I8042, RESET_PORTS, ResetControl, ResetState
 from vmm.devices.serial import Serial, SerialState
+from vmm.devices.testdev import PAGE as TESTDEV_PAGE_SIZE
+from vmm.devices.testdev import PORTS as TESTDEV_PORTS
+from vmm.devices.testdev import TestDevice, TestState
 from vmm.errors import ConfigError, GuestCrash, HandoverError, HostError, VmmError
 from vmm.fds import FdStore
 from vmm.irq import IrqLine, UnconnectedIrq
@@ -47,6 +50,7 @@ DEBUG_EXIT_PORT = 0xF4
 I8042_PORT = 0x60
 RESET_CONTROL_PORT = 0xCF8  # the register is at 0xCF9
 POWER_OFF_PORT = 0x604  # PM1a control, as QEMU's q35 has it
+TESTDEV_PORT, TESTDEV_PAGE = 0x5F0, 0xFED1_0000  # firmware/README.md
 PIO_SPACE, MMIO_SPACE = 1 << 16, 1 << 52
 STOP_TIMEOUT_S = 5.0
 
@@ -225,6 +229,10 @@ class Machine:
             self.arena.place("reset", 0, ResetState),
         )
         self.pio.attach(POWER_OFF_PORT, 2, PowerOff(self._power_off), "power-off")
+        if self.config.testdev:
+            device, state = TestDevice(self.arena), self.arena.place("testdev", 0, TestState)
+            self.pio.attach(TESTDEV_PORT, TESTDEV_PORTS, device.ports, "testdev", state)
+            self.mmio.attach(TESTDEV_PAGE, TESTDEV_PAGE_SIZE, device.registers, "testdev", state)
 
     def _boot(self, image: Image, *, again: bool = False) -> None:
         """Put the image and the boot protocol's tables into RAM and the first vCPU at its entry."""

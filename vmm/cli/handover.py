@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import select
 import sys
 import tempfile
@@ -124,7 +125,8 @@ def _start(
         f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={_keyval(cpr)}",
     ]
     if name is None:
-        aside = monitor.with_name(f"{monitor.name}.new")
+        # a name of its own: a VMM that ends removes the path that it once listened at
+        aside = monitor.with_name(f"{monitor.name}.{secrets.token_hex(4)}")
         return LaunchedVmm(
             [f"--qmp=unix:{aside}", *addresses], monitor=lambda _: aside, log=log, python=python
         )

@@ -83,17 +83,21 @@ class RunDir:
         return _listens(self.qmp)
 
     def tidy(self) -> None:
-        """Remove what a VMM that was killed has left: the sockets that refuse, the directory if it is
-        empty.
+        """Remove what a VMM that was killed has left: the sockets that refuse, the links to them, and the
+        directory if that leaves it empty.
         """
+        left = []
         for path in self.path.glob("*.sock"):
             kind = socket.SOCK_SEQPACKET if path.name.startswith("keeper") else socket.SOCK_STREAM
             if not path.is_symlink() and not _listens(path, kind):
-                path.unlink(missing_ok=True)
-        for link in (self.qmp, self.keeper):
-            if link.is_symlink() and not link.exists():
-                link.unlink(missing_ok=True)
-        self._remove_if_empty()
+                left.append(path)
+        gone = {path.name for path in left}
+        left += [link for link in (self.qmp, self.keeper) if link.is_symlink() and os.readlink(link) in gone]
+        left += [link for link in (self.qmp, self.keeper) if link.is_symlink() and not link.exists()]
+        for path in left:
+            path.unlink(missing_ok=True)
+        if left:
+            self._remove_if_empty()
 
     def claim(self) -> None:
         """Make this process's monitor the VM's monitor, and its keeper, if it started one, the VM's keeper;

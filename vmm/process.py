@@ -106,6 +106,18 @@ class _OutgoingView:
         return encode(self._machine.config)
 
 
+class _IncomingView:
+    """The machine as an incoming handover sees it; `held` says that it is to stay paused on arrival."""
+
+    def __init__(self, machine: Machine, held: Callable[[], bool]) -> None:
+        self._machine = machine
+        self._held = held
+        self.load = machine.load
+
+    def resume(self, *, running: bool) -> None:
+        self._machine.resume(running=running and not self._held())
+
+
 class VmmProcess:
     """The process. `run` returns its exit status."""
 
@@ -119,6 +131,7 @@ class VmmProcess:
         self._token: RunToken | None = None
         self._machine: Machine | None = None
         self._owner = False
+        self._held = options.paused
         self._mode = "normal"
         self._timeouts = Timeouts()
         self._capabilities = {"events": False}
@@ -326,36 +339,46 @@ class VmmProcess:
         return self._machine
 
     def status(self) -> tuple[str, bool]:
-        """query-status."""
+        """QMP `query-status`."""
         if self._machine is None:
             return RunState.INMIGRATE.value, False
         return self._machine.run_state.value, self._machine.running
 
     def name(self) -> str | None:
-        """query-name."""
+        """QMP `query-name`."""
         config = self._machine.config if self._machine else self._options.config
         return config.name if config else None
 
     def cpus(self) -> list[tuple[int, int]]:
-        """query-cpus-fast."""
+        """QMP `query-cpus-fast`."""
         return [(thread.index, thread.native_id) for thread in self._machine.threads] if self._machine else []
 
     def memory_size(self) -> int:
-        """query-memory-size-summary."""
+        """QMP `query-memory-size-summary`."""
         return self._machine.config.memory if self._machine else 0
 
+    def _awaits_guest(self) -> bool:
+        """Whether the guest is still on its way; then `stop` and `cont` say how it is to arrive, as in
+        QEMU.
+        """
+        return self._machine is None or self._machine.run_state is RunState.INMIGRATE
+
     def stop(self) -> None:
-        """Stop."""
+        """QMP `stop`."""
+        if self._awaits_guest():
+            self._held = True
+            return
         machine = self._the_machine()
         if machine.run_state is RunState.FINISH_MIGRATE:
             raise QmpError("the guest is being handed over; wait for it or use migrate_cancel")
         machine.stop()
 
     def cont(self) -> None:
-        """Cont. Refused where the guest is another VMM's: the run token says so."""
+        """QMP `cont`. Refused where the guest is another VMM's: the run token says so."""
+        if self._awaits_guest():
+            self._held = False
+            return
         machine = self._the_machine()
-        if machine.run_state is RunState.INMIGRATE:
-            raise QmpError("Guest is waiting for an incoming migration")
         if self._token is None or not self._token.held:
             raise QmpError("the guest was handed over and runs in another VMM; this one can only quit")
         try:
@@ -364,32 +387,32 @@ class VmmProcess:
             raise QmpError(str(error)) from error
 
     def quit(self) -> None:
-        """Quit."""
+        """QMP `quit`."""
         self._shut_down(0, "host-qmp-quit", guest=False)
 
     def reset(self) -> None:
-        """system_reset."""
+        """QMP `system_reset`."""
         self._the_machine()
         self._reset()
 
     def inject_nmi(self) -> None:
-        """inject-nmi."""
+        """QMP `inject-nmi`."""
         self._guarded(self._the_machine().inject_nmi)
 
     def read_memory(self, gpa: int, size: int) -> bytes:
-        """x-vmm-read-memory."""
+        """QMP `x-vmm-read-memory`."""
         return self._guarded(lambda: self._the_machine().memory.read(gpa, size))
 
     def guest_clock(self) -> dict[str, Any]:
-        """x-vmm-guest-clock."""
+        """QMP `x-vmm-guest-clock`."""
         return self._guarded(self._the_machine().guest_clock)
 
     def fds(self) -> list[dict[str, Any]]:
-        """x-vmm-fds."""
+        """QMP `x-vmm-fds`."""
         return [{"name": name, "id": index, "fd": fd} for name, index, fd in self._the_machine().fd_table()]
 
     def stats(self) -> dict[str, Any]:
-        """x-vmm-stats."""
+        """QMP `x-vmm-stats`."""
         return self._the_machine().stats()
 
     @staticmethod
@@ -402,7 +425,7 @@ class VmmProcess:
     # --- Backend: migration ---
 
     def migration_parameters(self) -> dict[str, Any]:
-        """query-migrate-parameters."""
+        """QMP `query-migrate-parameters`."""
         return {
             "mode": self._mode,
             "x-vmm-setup-timeout": round(self._timeouts.setup_s * 1000),
@@ -411,7 +434,7 @@ class VmmProcess:
         }
 
     def set_migration_parameters(self, values: dict[str, Any]) -> None:
-        """migrate-set-parameters. What a handover under way was started with stays as it is."""
+        """QMP `migrate-set-parameters`. What a handover under way was started with stays as it is."""
         self._mode = values.get("mode", self._mode)
         changed = {
             f"{key}_s": values[f"x-vmm-{key}-timeout"] / 1000
@@ -421,16 +444,16 @@ class VmmProcess:
         self._timeouts = replace(self._timeouts, **changed)
 
     def migration_capabilities(self) -> dict[str, bool]:
-        """query-migrate-capabilities."""
+        """QMP `query-migrate-capabilities`."""
         return dict(self._capabilities)
 
     def set_migration_capabilities(self, values: dict[str, bool]) -> None:
-        """migrate-set-capabilities."""
+        """QMP `migrate-set-capabilities`."""
         self._capabilities.update(values)
 
     def migrate(self, mode: MigrationMode, main: UnixSocket, cpr: UnixSocket) -> None:
-        """migrate: check, connect, and leave the rest to a thread. The mode was decided with the channels,
-        once.
+        """QMP `migrate`: check, connect, and leave the rest to a thread. The mode was decided with the
+        channels, once.
         """
         machine = self._the_machine()
         if self._carrier is not None and self._carrier.is_alive():
@@ -476,16 +499,16 @@ class VmmProcess:
         return clients.leave()
 
     def migrate_cancel(self) -> None:
-        """migrate_cancel: nothing where no handover is under way or its commit has begun."""
+        """QMP `migrate_cancel`: nothing where no handover is under way or its commit has begun."""
         if self._outgoing is not None and self._carrier is not None and self._carrier.is_alive():
             self._outgoing.cancel.set("cancelled by migrate_cancel")
 
     def migrate_incoming(self, main: UnixSocket) -> None:
-        """migrate-incoming, for a VMM started with `-incoming defer`."""
+        """QMP `migrate-incoming`, for a VMM started with `-incoming defer`."""
         raise QmpError("The incoming migration has already been started")
 
     def query_migrate(self) -> dict[str, Any]:
-        """query-migrate, with QEMU's fields."""
+        """QMP `query-migrate`, with QEMU's fields."""
         if self._status is None:
             return {}
         answer: dict[str, Any] = {"status": self._status}
@@ -496,7 +519,7 @@ class VmmProcess:
         return answer
 
     def report(self) -> dict[str, Any]:
-        """x-vmm-report."""
+        """QMP `x-vmm-report`."""
         if self._report is None:
             raise QmpError("no handover has taken place from this VMM; use migrate first")
         return self._report.as_dict()
@@ -565,7 +588,7 @@ class VmmProcess:
         else:
             machine = self._new_machine(config, fds, token, adopt_from_keeper(fds), Origin.ADOPTED)
         self._machine = machine
-        return machine, choice
+        return _IncomingView(machine, lambda: self._held), choice
 
     def _choose(self, fds: FdStore) -> Choice:
         """Adopt or rebuild: by what the kernel says, what there is, and what was asked for."""

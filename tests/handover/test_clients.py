@@ -51,3 +51,32 @@ def test_a_watching_client_sees_no_disconnect(spawn: Any, tmp_socket_dir: Path, 
         assert watcher.execute("query-status") == {"status": "running", "running": True}
         watcher.execute("quit")
         assert new.wait(10) == 0
+
+
+def test_the_new_vmm_is_told_before_the_guest_comes_how_it_is_to_arrive(
+    spawn: Any, tmp_socket_dir: Path
+) -> None:
+    folder = tmp_socket_dir
+    spawn.vmm("run", "ticker", "--serial", "null", f"--qmp=unix:{folder}/a")
+    with _connect(folder / "a") as operator:
+        spawn.vmm(
+            "run",
+            f"--incoming=unix:{folder}/main",
+            f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={folder}/cpr",
+            f"--qmp=unix:{folder}/b",
+        )
+        with _connect(folder / "b") as own:
+            assert own.execute("query-status") == {"status": "inmigrate", "running": False}
+            own.execute("stop")
+            operator.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
+            channels = [_channel("main", folder / "main"), _channel("cpr", folder / "cpr")]
+            operator.execute("migrate", {"channels": channels})
+            deadline = time.monotonic() + 10
+            while own.execute("query-status")["status"] == "inmigrate":
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert own.execute("query-status") == {"status": "paused", "running": False}
+            own.execute("cont")
+            assert own.execute("query-status") == {"status": "running", "running": True}
+            operator.execute("quit")
+            own.execute("quit")

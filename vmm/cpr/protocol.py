@@ -158,7 +158,7 @@ def decode_body(body: bytes) -> AnyMessage:
     """The message in `body`. Raises StateError."""
     try:
         message: AnyMessage = _decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StateError(f"the peer sent a message that cannot be read: {error}") from error
     return message
 

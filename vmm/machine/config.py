@@ -157,6 +157,6 @@ def decode(text: bytes, where: str) -> MachineConfig:
     """A checked record from the JSON that `encode` made; ConfigError naming `where` for anything else."""
     try:
         values = msgspec.json.decode(text, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where}: its configuration cannot be read: {error}") from error
     return from_mapping(values, where)

@@ -42,12 +42,14 @@ MESSAGE_MAX = REQUEST.size + PAYLOAD_MAX
 NAME = struct.Struct("=32sII")  # name, id, the keeper's fd
 FDS_MAX = 4096  # fds the keeper will hold
 FDS_PER_MESSAGE = 250  # below the kernel's SCM_MAX_FD
+NEEDED = frozenset({b"kvm-slots", b"kvm-go", b"kvm-done"})  # names that the keeper itself gave, and uses
 
 # a vCPU's slot: called, returned (u64), result (0 an exit, else errno), spare
 SLOT = 64
 CALLED, RETURNED, RESULT = 0, 1, 2  # in u64 words
 SLOTS = 1024
 SLOTS_SIZE = SLOT * SLOTS
+LARGEST_WORD = (1 << 64) - 1
 KICK = signal.SIGUSR1
 
 OP_IOCTL = 1  # fd, number, argument or payload -> payload
@@ -74,22 +76,33 @@ KVM_GET_DIRTY_LOG = 0x4010AE42
 KVM_SET_SIGNAL_MASK = 0x4004AE8B
 DEVICE_ATTRIBUTES = frozenset({0x4018AEE1, 0x4018AEE2, 0x4018AEE3})  # SET, GET, HAS
 CREATES = frozenset({0xAE01, 0xAE41, 0xAECE, 0xC040AED4})  # VM, VCPU, STATS_FD, GUEST_MEMFD
-KVMIO = 0xAE
 # ioctls whose argument counts its own elements in the first u32: (bytes of one element)
 COUNTED = {
     0xC008AE88: 16,  # GET_MSRS
     0x4008AE89: 16,  # SET_MSRS
     0xC008AE05: 40,  # GET_SUPPORTED_CPUID
+    0xC008AE09: 40,  # GET_EMULATED_CPUID
     0xC008AE91: 40,  # GET_CPUID2
     0x4008AE90: 40,  # SET_CPUID2
     0xC004AE02: 4,  # GET_MSR_INDEX_LIST
     0xC004AE0A: 4,  # GET_MSR_FEATURE_INDEX_LIST
     0x4008AE6A: 48,  # SET_GSI_ROUTING
 }
-# ioctls that carry pointers or start what the keeper does itself: never passed through
-REFUSED = frozenset(
-    {KVM_RUN, KVM_SET_SIGNAL_MASK, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2, KVM_GET_DIRTY_LOG}
-)
+# What is passed through: integers, and structures without a pointer in them. All else is refused.
+PASSED = frozenset({
+    # /dev/kvm: API version, capabilities, size of a run page, lists of CPUID leaves and of MSRs
+    0xAE00, 0xAE03, 0xAE04, 0xC008AE05, 0xC008AE09, 0xC004AE02, 0xC004AE0A,
+    # a VM: capabilities, KVM's own pages, chips, lines, routes, eventfds, coalesced I/O, clock, dirty rings
+    0x4068AEA3, 0xAE47, 0x4008AE48, 0xAE60, 0x4040AE77, 0xAE78, 0xAE71, 0xC208AE62,
+    0x8208AE63, 0x8070AE9F, 0x4070AEA0, 0x4008AE61, 0x4020AEA5, 0x4008AE6A, 0x4020AE76, 0x4040AE79,
+    0x4010AE67, 0x4010AE68, 0x4030AE7B, 0x8030AE7C, 0xAEC7, 0x4020AED2,
+    # a vCPU: registers, FPU, LAPIC, MSRs, CPUID, events, debug and nested state, interrupts, TSC rate
+    0x8090AE81, 0x4090AE82, 0x8138AE83, 0x4138AE84, 0x8140AECC, 0x4140AECD, 0x81A0AE8C, 0x41A0AE8D,
+    0x9000AEA4, 0x5000AEA5, 0x9000AECF, 0x8188AEA6, 0x4188AEA7, 0x8400AE8E, 0x4400AE8F, 0xC008AE88,
+    0x4008AE89, 0x4008AE90, 0xC008AE91, 0x8004AE98, 0x4004AE99, 0x8040AE9F, 0x4040AEA0, 0x8080AEA1,
+    0x4080AEA2, 0x4048AE9B, 0xC080AEBE, 0x4080AEBF, 0xC018AE85, 0x4004AE86, 0xAE9A, 0xAEB7,
+    0xAEAD, 0xAEA2, 0xAEA3, 0xC040AED5,
+})  # fmt: skip
 # an fd of the keeper's within the argument: request -> (offset of the number, offset of a second or None)
 INNER_FDS = {0x4020AE76: (0, 20), 0x4040AE79: (16, None)}  # IRQFD: fd, resamplefd; IOEVENTFD
 NO_FD = 0xFFFFFFFF
@@ -123,7 +136,7 @@ class Refused(Exception):
         self.written = written
 
 
-EINVAL, EPERM, EBUSY, EBADF, ENOSPC = 22, 1, 16, 9, 28
+EINVAL, EPERM, EBUSY, EBADF, ENOSPC, EAGAIN = 22, 1, 16, 9, 28, 11
 
 
 class VcpuRunner:
@@ -155,7 +168,7 @@ class VcpuRunner:
                     result = error.errno or EINVAL
                     signal.sigtimedwait({KICK}, 0)
                 words[RESULT] = result
-                words[RETURNED] += 1
+                words[RETURNED] = words[RETURNED] + 1 & LARGEST_WORD
                 write(done, 1)
 
 
@@ -170,6 +183,7 @@ class Keeper:
         self._names: dict[tuple[bytes, int], int] = {}
         self._held: set[int] = set()
         self._mappings: list[mmap.mmap] = []
+        self._bitmap_sizes: dict[tuple[int, int], int] = {}  # of a VM fd's slot: bytes of its dirty log
         self._buffer = ctypes.create_string_buffer(PAYLOAD_MAX)
         self._slots_fd = os.memfd_create("vmm-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._slots_fd, SLOTS_SIZE)
@@ -268,7 +282,7 @@ class Keeper:
             if op not in NEED_NO_ATTACH and sock is not self._attached:
                 raise Refused(EPERM)
             if op == OP_QUIT:
-                sock.sendall(REPLY.pack(0, 0, 0))
+                _say_last(sock)
                 return False
             operation = self._operations.get(op)
             if operation is None:
@@ -318,11 +332,9 @@ class Keeper:
         return self._buffer
 
     def _call(self, fd: int, request: int, argument: int, payload: bytes) -> tuple[int, bytes]:
-        if request >> 8 & 0xFF != KVMIO or request in REFUSED or request in DEVICE_ATTRIBUTES:
-            raise Refused(EPERM)
+        if bool(payload) != bool(request >> 16 & 0x3FFF):
+            raise Refused(EINVAL)
         if not payload:
-            if request >> 16 & 0x3FFF:
-                raise Refused(EINVAL)
             return ioctl(self._owned(fd), request, argument), b""
         buffer = self._argument(request, payload)
         try:
@@ -334,7 +346,7 @@ class Keeper:
     def _ioctl(
         self, _s: socket.socket, fd: int, request: int, arguments: list[int], payload: bytes, _f: Fds
     ) -> Answer:
-        if request in CREATES:
+        if request not in PASSED:
             raise Refused(EPERM)
         result, out = self._call(fd, request, arguments[0], payload)
         return out, [], result
@@ -369,6 +381,7 @@ class Keeper:
         else:
             number = KVM_SET_USER_MEMORY_REGION
         ioctl(self._owned(fd), number, region)
+        self._bitmap_sizes[fd, slot] = -(-size // (64 * mmap.PAGESIZE)) * 8
         return b"", [], 0
 
     def _attribute(
@@ -385,22 +398,28 @@ class Keeper:
     def _dirty_log(
         self, _s: socket.socket, fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds
     ) -> Answer:
-        slot, size = arguments[:2]
-        if size > PAYLOAD_MAX:
+        slot = arguments[0]
+        size = self._bitmap_sizes.get((fd, slot))  # the kernel writes by the slot's size, whatever we say
+        if size is None or size != arguments[1] or size > PAYLOAD_MAX:
             raise Refused(EINVAL)
-        bitmap = ctypes.create_string_buffer(PAYLOAD_MAX)
+        bitmap = ctypes.create_string_buffer(size)
         ioctl(self._owned(fd), KVM_GET_DIRTY_LOG, struct.pack("=IIQ", slot, 0, ctypes.addressof(bitmap)))
-        return bitmap.raw[:size], [], 0
+        return bitmap.raw, [], 0
 
     def _vcpu(self, _s: socket.socket, fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds) -> Answer:
         slot = arguments[0]
         if slot >= SLOTS or slot in self._runners:
             raise Refused(EINVAL)
-        unblocked = ~(1 << (KICK - 1)) & (1 << 64) - 1
+        unblocked = ~(1 << (KICK - 1)) & LARGEST_WORD
         ioctl(self._owned(fd), KVM_SET_SIGNAL_MASK, struct.pack("=IQ", 8, unblocked))
         runner = VcpuRunner(fd, slot, self._words)
+        try:
+            runner.thread.start()
+        except RuntimeError:  # no more threads for this user
+            os.close(runner.go)
+            os.close(runner.done)
+            raise Refused(EAGAIN) from None
         self._runners[slot] = self._by_fd[fd] = runner
-        runner.thread.start()
         for name, one in ((b"kvm-go", runner.go), (b"kvm-done", runner.done)):
             self._names[name, slot] = one
             self._held.add(one)
@@ -425,11 +444,13 @@ class Keeper:
 
     def _drop(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], payload: bytes, _f: Fds) -> Answer:
         name, index, _ = NAME.unpack(payload)
-        fd = self._names.pop((name.rstrip(b"\0"), index), None)
-        if fd is None or fd in self._by_fd:
+        key = (name.rstrip(b"\0"), index)
+        if key not in self._names or key[0] in NEEDED or self._names[key] in self._by_fd:
             raise Refused(EBADF)
-        self._held.discard(fd)
-        os.close(fd)
+        fd = self._names.pop(key)
+        if fd not in self._names.values():
+            self._held.discard(fd)
+            os.close(fd)
         return b"", [], 0
 
     def _table(
@@ -454,7 +475,12 @@ class Keeper:
     def _successor(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, fds: Fds) -> Answer:
         if len(fds) != 1:
             raise Refused(EINVAL)
-        self._admit(socket.socket(fileno=fds.pop()))
+        sock = socket.socket(fileno=fds[0])
+        fds.pop()  # the socket's from here on
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_SEQPACKET:
+            sock.close()
+            raise Refused(EINVAL)
+        self._admit(sock)
         return b"", [], 0
 
     def _orphan(
@@ -462,6 +488,13 @@ class Keeper:
     ) -> Answer:
         self._orphan_s = arguments[0] / 1000
         return b"", [], 0
+
+
+def _say_last(sock: socket.socket) -> None:
+    try:
+        sock.sendall(REPLY.pack(0, 0, 0))
+    except OSError:
+        return  # it did not wait for an answer
 
 
 def _hung_up(sock: socket.socket) -> bool:

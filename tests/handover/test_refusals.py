@@ -220,7 +220,7 @@ def test_the_old_vmm_is_killed_before_it_has_paused(stage: Stage) -> None:
 def test_a_new_vmm_answers_while_it_waits(stage: Stage) -> None:
     new = stage.await_guest()
     assert new.client.execute("query-status") == {"status": "inmigrate", "running": False}
-    for command in ("cont", "stop", "system_reset"):
+    for command in ("system_reset", "inject-nmi"):
         with pytest.raises(QmpError, match="incoming migration"):
             new.client.execute(command)
     cpr_transfer(new.client)

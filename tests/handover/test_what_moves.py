@@ -52,6 +52,23 @@ def test_a_paused_guest_stays_paused_when_its_handover_fails(stage: Stage) -> No
     stage.hear()
 
 
+def test_a_running_guest_can_be_held_on_its_arrival(stage: Stage) -> None:
+    """`stop` and `cont` to a VMM that waits say how the guest is to arrive, as with QEMU."""
+    old, new = stage.start(), stage.await_guest()
+    stage.hear()
+    new.client.execute("stop")
+    assert stage.migrate(old, new)["status"] == "completed"
+    wait_for("the guest in the new VMM", lambda: new.state == "paused")
+    new.client.execute("cont")
+    stage.hear()
+    third = stage.await_guest()
+    third.client.execute("stop")
+    third.client.execute("cont")
+    assert stage.migrate(new, third)["status"] == "completed"
+    wait_for("the guest in the third VMM", lambda: third.state == "running")
+    stage.hear()
+
+
 def test_a_guest_that_never_ran_can_be_handed_over(stage: Stage) -> None:
     old = stage.start("-S")
     new = stage.await_guest()

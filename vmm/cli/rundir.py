@@ -97,7 +97,7 @@ class RunDir:
         for path in left:
             path.unlink(missing_ok=True)
         if left:
-            self._remove_if_empty()
+            self.remove_if_empty()
 
     def claim(self) -> None:
         """Make this process's monitor the VM's monitor, and its keeper, if it started one, the VM's keeper;
@@ -119,9 +119,10 @@ class RunDir:
             if self.keeper.is_symlink():
                 self.keeper.resolve().unlink(missing_ok=True)
                 self.keeper.unlink()
-        self._remove_if_empty()
+        self.remove_if_empty()
 
-    def _remove_if_empty(self) -> None:
+    def remove_if_empty(self) -> None:
+        """Remove the directory, unless something is in it."""
         try:
             self.path.rmdir()
         except OSError:

@@ -312,6 +312,7 @@ class Series:
         if not keep_log:
             directory.log.unlink(missing_ok=True)
         directory.tidy()
+        directory.remove_if_empty()
 
     # --- what the guest says ---
 

@@ -10,6 +10,7 @@ bool report_active;
 
 static struct {
 	bool ends_guest;
+	bool end_wanted; /* asked for while another report is under way */
 	u32 step;
 	u32 sent; /* bytes of `text` */
 	bool first_check;
@@ -122,8 +123,10 @@ static bool make_step(struct text *t, u32 step)
 
 void report_request(bool ends_guest)
 {
-	if (report_active)
+	if (report_active) {
+		report.end_wanted |= ends_guest;
 		return;
+	}
 	report.step = 0;
 	report.sent = report.text.used = 0;
 	report.ends_guest = ends_guest;
@@ -141,8 +144,11 @@ void report_turn(void)
 	if (make_step(&report.text, report.step++))
 		return;
 	report_active = false;
-	if (!report.ends_guest)
+	if (!report.ends_guest) {
+		if (report.end_wanted)
+			report_request(true);
 		return;
+	}
 	results.state = GUEST_ENDED;
 	debug_exit(0);
 }

@@ -79,7 +79,7 @@ class ArrivingClients:
                 continue
             try:
                 server.serve_connection(sock, msgspec.json.decode(encoded, type=ConnectionState))
-            except (VmmError, msgspec.DecodeError) as error:
+            except (VmmError, msgspec.DecodeError, UnicodeDecodeError) as error:
                 log.warning("QMP: a client that came with the guest cannot be served: %s", error)
                 sock.close()
         self.close()

@@ -1,8 +1,8 @@
 """`python -m tests.fuzz TARGET|all --seconds N`: feed parsers and devices whatever can be thought up.
 
-With atheris, which scripts/fuzz installs, guided by coverage, without it by hypothesis from the same seeds. What was
-found to reach something new stays in build/fuzz/TARGET for the next time; an input that breaks a promise is
-left there too, as `crash-…`, and belongs into tests/fuzz/corpus/TARGET with its repair.
+With atheris, which scripts/fuzz installs, guided by coverage; without it by hypothesis, from the same seeds.
+What was found to reach something new stays in build/fuzz/TARGET for the next time; an input that breaks a
+promise is left there too, as `crash-…`, and belongs into tests/fuzz/corpus/TARGET with its repair.
 """
 
 from __future__ import annotations

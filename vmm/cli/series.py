@@ -9,6 +9,7 @@ process and no file of the series is left behind once it is closed.
 from __future__ import annotations
 
 import base64
+import json
 import os
 import random
 import socket
@@ -157,6 +158,7 @@ class Console:
     def __init__(self, sock: socket.socket, on_line: Callable[[str], None]) -> None:
         self.ticks = Ticks()
         self.lines = 0
+        self.last_line = ""
         self._socket = sock
         self._on_line = on_line
         self._news = threading.Condition()
@@ -170,6 +172,7 @@ class Console:
                 self._on_line(line)
                 with self._news:
                     self.lines += 1
+                    self.last_line = line
                     self._news.notify_all()
         with self._news:
             self._closed = True
@@ -256,6 +259,8 @@ class Series:
         self.console.close()
         self.client.close()
         self._clean_up(keep_log=kind is not None and issubclass(kind, VmmError))
+        if isinstance(error, VmmError) and (violation := _violation(self.console.last_line)):
+            raise GuestCrash(f"{self.guest} ended itself, having found: {violation}") from error
 
     def _start(self) -> None:
         directory = self.directory
@@ -269,6 +274,7 @@ class Series:
                 f"--cpus={self._cpus}",
                 f"--append={self._append}",
                 "--serial=unix",
+                "--testdev",
             ],
             monitor=lambda pid: directory.path / f"qmp-{pid}.sock",
             log=directory.log,
@@ -377,3 +383,12 @@ class Series:
             lost += max(0, before.ticks - ticks.last)
         ending = Ending(before.rounds, before.ticks, lost, errors)
         return Record(self.mode, self.guest, self._memory, self._cpus, tuple(self._steps), ending)
+
+
+def _violation(line: str) -> str | None:
+    """What one of sentinel's reports says is wrong, if it is one and something is."""
+    try:
+        found = json.loads(line)["violation"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return None if found is None else json.dumps(found)

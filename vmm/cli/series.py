@@ -342,8 +342,15 @@ class Series:
 
     # --- the series ---
 
-    def hand_over(self) -> Step:
-        """Hand the guest over to a new VMM process, see it speak there, and measure. Raises HandoverError."""
+    def replace(self) -> Window:
+        """Hand the guest over to a new VMM process, measuring nothing but the pause that the host sees.
+
+        Raises HandoverError.
+        """
+        return handover_window(self._replace())
+
+    def _replace(self) -> dict[str, Any]:
+        """The same; the report."""
         old = self.vmm
         handed = hand_over(
             self.client,
@@ -356,11 +363,16 @@ class Series:
         self.vmm, self.client = handed.vmm, handed.client
         if (status := old.wait(END_S)) != 0:
             raise HandoverError(f"the old VMM (pid {old.pid}) ended with status {status}: {old.last_words()}")
-        window = handover_window(handed.report)
+        return handed.report
+
+    def hand_over(self) -> Step:
+        """Hand the guest over, see it speak in the new VMM process, and measure. Raises HandoverError."""
+        report = self._replace()
+        window = handover_window(report)
         time.sleep(SETTLE_S)
         guest_us = self.largest_gap_us(window)
         self.hear()
-        step = Step(handed.report, window, guest_us, self.control_us(window.length_ns))
+        step = Step(report, window, guest_us, self.control_us(window.length_ns))
         self._steps.append(step)
         return step
 

@@ -94,13 +94,14 @@ def hand_over(
         try:
             new = vmm.connect(deadline)
             progress(f"started the new VMM (pid {vmm.pid})")
-            _begin(old, main, cpr)
+            _set_up(old)
         except BaseException:
-            vmm.end()  # the guest has not been told of it
+            vmm.end()  # nobody has told the old VMM of it
             raise
         with ExitStack() as on_error:
             on_error.callback(new.close)
             try:
+                _begin(old, vmm, main, cpr)
                 _wait_ended(old, vmm, deadline)
                 report: dict[str, Any] = old.execute("x-vmm-report")
                 progress(f"the guest runs in pid {vmm.pid}; ending the old VMM (pid {report['pids']['old']})")
@@ -143,14 +144,19 @@ def _keyval(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _begin(old: QmpClient, main: Path, cpr: Path) -> None:
+def _set_up(old: QmpClient) -> None:
+    """Tell the old VMM what is to come, while it is not yet to begin."""
+    old.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
+    old.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
+    old.events.clear()
+
+
+def _begin(old: QmpClient, vmm: LaunchedVmm, main: Path, cpr: Path) -> None:
     """Have the old VMM begin. Raises HandoverError where it refuses."""
     try:
-        events = {"capabilities": [{"capability": "events", "state": True}]}
-        old.execute("migrate-set-capabilities", events)
-        old.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
         old.execute("migrate", {"channels": [unix_channel("main", main), unix_channel("cpr", cpr)]})
     except QmpError as error:
+        vmm.end()
         raise HandoverError(f"the old VMM refuses: {error}; the guest stays there") from error
 
 

@@ -1,0 +1,66 @@
+"""The benchmarks run, and what they print can be read; their figures are for docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import ROOT, Spawn
+
+pytestmark = [pytest.mark.kvm, pytest.mark.slow]
+
+
+@pytest.fixture
+def bench(kvm_device: Path, spawn: Spawn, tmp_socket_dir: Path) -> Any:
+    """Runs a benchmark and returns its record."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        env = {"PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": str(tmp_socket_dir)}
+        process = spawn(sys.executable, ROOT / "scripts" / "bench.d", *arguments, "--json", env=env)
+        assert process.wait(55) == 0, process.output()
+        record: dict[str, Any] = json.loads(process.stdout)
+        assert record["benchmark"] == arguments[0]
+        assert record["host"]["cpus"] >= 1
+        return record
+
+    return run
+
+
+def test_leak(bench: Any) -> None:
+    record = bench("leak", "--handovers=12")
+    assert record["after_ten"].keys() == record["at_the_end"].keys() == record["same"].keys()
+    assert record["after_ten"]["fds"] == record["at_the_end"]["fds"] > 0
+    assert record["guest"]["lost"] == 0
+
+
+def test_storm(bench: Any) -> None:
+    record = bench("storm", "--seconds=3")
+    assert record["handovers"] >= 1
+    assert record["guest"]["errors"] == 0
+    assert record["turns_per_second"]["calm"] > 0
+    assert record["turns_per_second"]["storm"] > 0
+
+
+def test_pause(bench: Any) -> None:
+    record = bench("pause", "--handovers=2", "--sizes=64M,4G")
+    assert [(each["who"], each["memory_bytes"]) for each in record["subjects"]] == [
+        ("rebuild", 64 << 20),
+        ("rebuild", 4 << 30),
+    ]
+    for subject in record["subjects"]:
+        assert subject["handovers"] == 2
+        assert subject["pause_us"]["guest"]["max"] >= subject["pause_us"]["guest"]["p50"] > 0
+    assert len(record["alike"]["rebuild"]["p50_us"]) == 2
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="there is no QEMU to compare with")
+def test_qemu_beside_it(bench: Any) -> None:
+    record = bench("pause", "--handovers=2", "--sizes=64M", "--peer=qemu")
+    assert [each["who"] for each in record["subjects"]] == ["rebuild", "qemu"]
+    assert record["subjects"][1]["errors"] == 0
+    assert record["ratio_to_qemu"].keys() == {"rebuild 64M"}

@@ -54,7 +54,6 @@ class VcpuFacts:
     xsave_size: int  # bytes
     in_kernel_lapic: bool
     nested_size: int  # bytes; 0: the guest runs no guests of its own
-    timers_settle: bool  # lapic_state.settles_all_timers() of the host
 
 
 # KVM_GET_MP_STATE first takes in a waiting INIT or SIPI, which changes all other state. Reading the LAPIC may
@@ -151,7 +150,7 @@ class VcpuState:
         if facts.in_kernel_lapic:
             self.sections["lapic"] = arena.place("vcpu/lapic", vcpu.index, LapicSection, PIECE_VERSION)
             saves["lapic"] = lambda vcpu, section: save_lapic(vcpu, section, self._settle)
-            loads["lapic"] = lambda vcpu, section: load_lapic(vcpu, section, all_settled=facts.timers_settle)
+            loads["lapic"] = load_lapic
         self._saves = [(saves[name], self.sections[name]) for name in SAVE_ORDER if name in saves]
         self._loads = [(loads[name], self.sections[name]) for name in LOAD_ORDER if name in loads]
 

@@ -5,8 +5,10 @@ told is left (Linux 5.8, arch/x86/kvm/lapic.c): the time in between would be los
 reading is kept with the registers, and what has passed since is taken off before they are loaded.
 
 A timer that expires while the vCPU is out of KVM_RUN is only noted by KVM, where no ioctl reads it; entering
-KVM_RUN with a signal pending turns the note into an interrupt request. `settle` is that. A timer in
-TSC-deadline mode needs none of this: its deadline is an MSR, which stays until the interrupt is requested.
+KVM_RUN with a signal pending (`settle`) turns the note into an interrupt request. Where a one-shot timer has
+expired and its interrupt is neither requested nor in service even then, nobody can tell whether it is still
+to come or long served: it comes once more, as KVM itself has it, for better one too many than none. A timer
+in TSC-deadline mode needs none of this: its deadline is an MSR, which stays until the interrupt is requested.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from enum import IntEnum
-from pathlib import Path
 from time import monotonic_ns
 from typing import Final
 
@@ -38,7 +39,6 @@ BUS_CYCLE_NS: Final = 1_000_000 // KVM_APIC_BUS_KHZ
 NEVER_NS: Final = 1 << 64
 MOST_READINGS: Final = 8
 NEAR_NS: Final = 50_000  # a reading that took longer is repeated: when in it the kernel looked is unknown
-HV_TIMER: Final = Path("/sys/module/kvm_intel/parameters/preemption_timer")
 
 
 class TimerMode(IntEnum):
@@ -54,16 +54,6 @@ class LapicSection(ctypes.LittleEndianStructure):
 
     taken_ns: int
     _fields_ = (("registers", abi.kvm_lapic_state), ("taken_ns", ctypes.c_uint64))
-
-
-def settles_all_timers() -> bool:
-    """Whether `settle` finds every expired timer. Not with VMX's preemption timer, which only a real entry
-    looks at: a one-shot timer that seems to have fired may still have to.
-    """
-    try:
-        return HV_TIMER.read_text().strip() != "Y"
-    except FileNotFoundError:
-        return True
 
 
 def read_register(state: abi.kvm_lapic_state, offset: int) -> int:
@@ -93,7 +83,7 @@ def _unit_ns(state: abi.kvm_lapic_state) -> int:
 
 
 def remaining_ns(state: abi.kvm_lapic_state) -> int:
-    """Until the timer expires next, in ns; 0 where a one-shot timer has expired."""
+    """Until the timer expires next, in ns; 0: it has expired, and if periodic nobody has noticed yet."""
     return read_register(state, CURRENT_COUNT) * _unit_ns(state)
 
 
@@ -102,44 +92,42 @@ def save_lapic(vcpu: Vcpu, section: LapicSection, settle: Callable[[], object]) 
     stopped.
     """
     registers = section.registers
-    quiet_until_ns = 0  # no timer expires before; one that had expired earlier has requested its interrupt
+    quiet_until_ns = 0  # every expiry has requested its interrupt, and the next comes no earlier
     for _ in range(MOST_READINGS):
         section.taken_ns = monotonic_ns()
         vcpu.get_lapic(registers)
         now_ns = monotonic_ns()
         mode, left_ns = timer_mode(registers), remaining_ns(registers)
-        may_have_expired = mode is TimerMode.PERIODIC or (mode is TimerMode.ONE_SHOT and not left_ns)
-        if may_have_expired and now_ns >= quiet_until_ns:
+        unsure = (mode is TimerMode.PERIODIC and left_ns) or (mode is TimerMode.ONE_SHOT and not left_ns)
+        if unsure and now_ns >= quiet_until_ns:
             quiet_until_ns = section.taken_ns + left_ns if left_ns else NEVER_NS
             settle()
         elif now_ns - section.taken_ns <= NEAR_NS:
             return
 
 
-def load_lapic(vcpu: Vcpu, section: LapicSection, *, all_settled: bool) -> None:
-    """Give the vCPU the LAPIC, its timer where it is by now. `all_settled` is `settles_all_timers()` of the
-    host.
-    """
+def load_lapic(vcpu: Vcpu, section: LapicSection) -> None:
+    """Give the vCPU the LAPIC, its timer where it is by now."""
     for _ in range(MOST_READINGS):
         registers = abi.kvm_lapic_state.from_buffer_copy(section.registers)
         now_ns = monotonic_ns()
-        advance(registers, now_ns - section.taken_ns, all_settled=all_settled)
+        advance(registers, now_ns - section.taken_ns)
         vcpu.set_lapic(registers)
         if monotonic_ns() - now_ns <= NEAR_NS:
             return
 
 
-def advance(state: abi.kvm_lapic_state, elapsed_ns: int, *, all_settled: bool = True) -> None:
+def advance(state: abi.kvm_lapic_state, elapsed_ns: int) -> None:
     """Let a one-shot or periodic timer count for `elapsed_ns` more.
 
-    An expiry becomes an interrupt request, several of them one, as in KVM. A one-shot timer that has expired
-    is loaded with an initial count of 0, or KVM would start it once more.
+    Expiries of a periodic timer become an interrupt request, several of them one, as in KVM. A one-shot timer
+    whose interrupt is requested or in service gets an initial count of 0, or KVM would start it once more.
     """
     mode, unit_ns = timer_mode(state), _unit_ns(state)
     left_ns = remaining_ns(state) - elapsed_ns
     if mode is TimerMode.ONE_SHOT:
         if not read_register(state, CURRENT_COUNT):
-            if all_settled or _is_delivered(state):
+            if _is_delivered(state):
                 write_register(state, INITIAL_COUNT, 0)
             return
         write_register(state, CURRENT_COUNT, max(left_ns // unit_ns, 1))

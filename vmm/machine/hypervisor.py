@@ -22,7 +22,6 @@ from vmm.machine.config import MachineConfig
 from vmm.machine.cpuid_state import can_nest, check_cpuid, keep_cpuid, kept_cpuid
 from vmm.machine.guest_clock import GuestClock
 from vmm.machine.kvm_state import XSAVE_SIZE, VcpuFacts, VcpuState, VmState, vm_pieces
-from vmm.machine.lapic_state import settles_all_timers
 from vmm.machine.msr_state import MsrList, kernel_list
 from vmm.machine.tsc_state import TscState
 from vmm.memory import GuestMemory
@@ -163,7 +162,6 @@ class Hypervisor:
             xsave_size=xsave_size,
             in_kernel_lapic=lapic,
             nested_size=has(Cap.NESTED_STATE) if nests else 0,
-            timers_settle=settles_all_timers(),
         )
         of_vm = vm_pieces(irqchip=chips, pit=chips)
         born = fds.find("fresh") is None

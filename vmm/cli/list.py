@@ -7,10 +7,13 @@ import json
 import os
 from typing import Any
 
+from vmm.cli.rundir import RunDir, directories
 from vmm.errors import VmmError
 from vmm.qmp.client import QmpClient
 
 ANSWER_S = 1.0
+ORPHANED = "orphaned"  # its keeper has the guest, no VMM serves it: `vmm attach`
+COLUMNS = ("name", "pid", "cpus", "memory", "state")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,43 +23,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """List them; what a VMM that was killed has left behind is removed on the way."""
-    from vmm.cli.rundir import RunDir, directories
     from vmm.report.table import table
-    from vmm.units import format_size
 
-    def describe(directory: RunDir) -> dict[str, Any]:
-        """One row. A VMM that does not answer in time is listed with the reason for its state."""
-        try:
-            pid = int(os.readlink(directory.qmp).removeprefix("qmp-").removesuffix(".sock"))
-            with QmpClient.connect(directory.qmp, ANSWER_S) as client:
-                return {
-                    "name": directory.name,
-                    "pid": pid,
-                    "state": client.execute("query-status")["status"],
-                    "cpus": len(client.execute("query-cpus-fast")),
-                    "memory": client.execute("query-memory-size-summary")["base-memory"],
-                }
-        except (VmmError, OSError, ValueError) as error:
-            return {"name": directory.name, "pid": None, "state": str(error), "cpus": None, "memory": None}
-
-    rows = []
-    for directory in directories():
-        row = describe(directory)
-        if row["pid"] is not None or directory.lives():
-            rows.append(row)
-        else:
-            directory.tidy()
+    rows = [row for directory in directories() if (row := describe(directory)) is not None]
     if arguments.json:
         print(json.dumps(rows))
     elif rows:
-        cells = [
-            [
-                row["name"],
-                *(str(row[key] or "–") for key in ("pid", "cpus")),
-                format_size(row["memory"]) if row["memory"] else "–",
-                row["state"],
-            ]
-            for row in rows
-        ]
-        print("\n".join(table(("name", "pid", "cpus", "memory", "state"), cells)))
+        print("\n".join(table(COLUMNS, [_cells(row) for row in rows])))
     return 0
+
+
+def describe(directory: RunDir) -> dict[str, Any] | None:
+    """One VM by `COLUMNS`; None where nothing runs there. A VMM that does not answer is listed with the
+    reason as its state.
+    """
+    if directory.lives():
+        try:
+            return _ask(directory)
+        except (VmmError, OSError, ValueError) as error:
+            return _row(directory, state=str(error))
+    if directory.kept():
+        return _row(directory, state=ORPHANED)
+    directory.tidy()
+    return None
+
+
+def _ask(directory: RunDir) -> dict[str, Any]:
+    pid = int(os.readlink(directory.qmp).removeprefix("qmp-").removesuffix(".sock"))
+    with QmpClient.connect(directory.qmp, ANSWER_S) as client:
+        return _row(
+            directory,
+            pid=pid,
+            cpus=len(client.execute("query-cpus-fast")),
+            memory=client.execute("query-memory-size-summary")["base-memory"],
+            state=client.execute("query-status")["status"],
+        )
+
+
+def _row(directory: RunDir, **known: Any) -> dict[str, Any]:
+    return {**dict.fromkeys(COLUMNS), "name": directory.name, **known}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    from vmm.units import format_size
+
+    memory = None if row["memory"] is None else format_size(row["memory"])
+    return ["–" if cell is None else str(cell) for cell in {**row, "memory": memory}.values()]

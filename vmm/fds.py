@@ -49,6 +49,7 @@ EXPECTED_KINDS: dict[str, frozenset[FdKind]] = {
     "fresh": frozenset({FdKind.MEMFD}),
     "irqfd": frozenset({FdKind.EVENTFD}),
     "kvm": frozenset({FdKind.CHARACTER}),
+    "image": frozenset({FdKind.FILE}),
     "keeper": frozenset({FdKind.SOCKET}),
     "kvm-slots": frozenset({FdKind.MEMFD}),
     "kvm-go": frozenset({FdKind.EVENTFD}),

@@ -462,7 +462,7 @@ def test_nul_in_the_path() -> None:
 
 
 def test_directory(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(ImageError, match=r"not a regular file"):
         load_image(tmp_path, ram=RAM)
 
 

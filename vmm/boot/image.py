@@ -30,6 +30,7 @@ __all__ = [
     "SegmentFlags",
     "find_image",
     "load_image",
+    "open_image",
     "parse_image",
     "prebuilt_images",
     "resolve_kernel",
@@ -74,15 +75,35 @@ def load_image(
     ram: Sequence[tuple[int, int]],
     entry_mode: EntryMode | None = None,
     load_address: int | None = None,
+    fd: int | None = None,
 ) -> Image:
     """The image in the file `path`, for a machine whose RAM regions are `ram`: (gpa, size in bytes) each.
+    With `fd`, of that open file, and `path` is only what it is called.
 
     `entry_mode` overrides what the file says (ELF: its note, else its class; flat: 16-bit). `load_address` is
     for flat files only and defaults to 0x7C00 for 16-bit ones and 1 MiB for others. Raises ImageError for
     anything that could not run.
     """
-    data = _read(Path(path), sum(size for _, size in ram))
+    source = open_image(path) if fd is None else fd
+    try:
+        data = _read(Path(path), source, sum(size for _, size in ram))
+    finally:
+        if fd is None:
+            os.close(source)
     return parse_image(Path(path), data, ram=ram, entry_mode=entry_mode, load_address=load_address)
+
+
+def open_image(path: str | os.PathLike[str]) -> int:
+    """An fd of the file `path`, for `load_image`. Raises ImageError where there is no such regular file."""
+    try:
+        # without waiting: a FIFO would otherwise wait for a writer before it could be refused
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ImageError(f"{path}: not a regular file; give the image as one")
+    return fd
 
 
 def parse_image(
@@ -141,33 +162,31 @@ def _prebuilt_directories() -> tuple[Path, Path]:
     return package / "images", package.parent / "firmware" / "images"
 
 
-def _read(path: Path, ram_size: int) -> bytes:
+def _read(path: Path, fd: int, ram_size: int) -> bytes:
     limit = min(ram_size, MAX_FILE_SIZE)
     try:
-        with open(path, "rb", buffering=0, opener=_nonblocking) as file:
-            before = os.fstat(file.fileno())
-            if not stat.S_ISREG(before.st_mode):
-                raise ImageError(f"{path}: not a regular file; give the image as one")
-            if before.st_size > limit:
-                whose = "guest RAM" if limit == ram_size else "what vmm loads"
-                raise ImageError(
-                    f"{path}: {before.st_size} bytes, more than {whose} ({format_size(limit)});"
-                    " give the guest more memory or use a smaller image"
-                )
-            data = file.read(before.st_size + 1)
-            after = os.fstat(file.fileno())
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise ImageError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
+        before = os.fstat(fd)
+        if before.st_size > limit:
+            whose = "guest RAM" if limit == ram_size else "what vmm loads"
+            raise ImageError(
+                f"{path}: {before.st_size} bytes, more than {whose} ({format_size(limit)});"
+                " give the guest more memory or use a smaller image"
+            )
+        data = b""
+        while part := os.pread(fd, before.st_size + 1 - len(data), len(data)):
+            data = data + part if data else part
+        after = os.fstat(fd)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     sizes = {len(data), before.st_size, after.st_size}
     if len(sizes) > 1 or before.st_mtime_ns != after.st_mtime_ns:
         raise ImageError(f"{path}: the file changed while it was read; start again once its writer is done")
     return data
 
 
-def _nonblocking(path: str, flags: int) -> int:
-    """Opens without waiting: a FIFO would otherwise wait for a writer before it could be refused."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def _unreadable(path: str | os.PathLike[str], error: OSError | ValueError) -> ImageError:
+    reason = (isinstance(error, OSError) and error.strerror) or error
+    return ImageError(f"{path}: cannot be read ({reason}); check the path and its permissions")
 
 
 def _elf(path: Path, data: bytes, entry_mode: EntryMode | None, load_address: int | None) -> Image:

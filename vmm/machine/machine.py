@@ -19,10 +19,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Protocol
 
-from vmm.boot.image import Image, load_image, resolve_kernel
+from vmm.boot.image import Image, load_image, open_image, resolve_kernel
 from vmm.boot.x86 import BootFlags, apply_boot_state, prepare_memory
 from vmm.bus import Bus
-from vmm.devices.chardev import Reactor, open_chardev, parse_serial
+from vmm.devices.chardev import Reactor, open_chardev, open_fds, parse_serial
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.power import PowerOff
 from vmm.devices.reset import I8042, RESET_PORTS, ResetControl, ResetState
@@ -31,7 +31,7 @@ from vmm.devices.testdev import PAGE as TESTDEV_PAGE_SIZE
 from vmm.devices.testdev import PORTS as TESTDEV_PORTS
 from vmm.devices.testdev import TestDevice, TestState
 from vmm.errors import ConfigError, GuestCrash, HandoverError, HostError, VmmError
-from vmm.fds import FdStore
+from vmm.fds import FdStore, check_received
 from vmm.irq import IrqLine, UnconnectedIrq
 from vmm.kvm import Port, Vcpu, Vm, abi
 from vmm.machine.config import MachineConfig, keep_config
@@ -149,6 +149,31 @@ class _Rendezvous:
             raise self._error
 
 
+def open_files(config: MachineConfig, fds: FdStore) -> Image:
+    """Open what a new machine wants by its path, so that `Machine` opens /dev/kvm and nothing else; the
+    image, loaded. Raises ConfigError, ImageError, HostError.
+    """
+    image = load_kernel(config, fds)
+    open_fds(parse_serial(config.serial), fds)
+    return image
+
+
+def load_kernel(config: MachineConfig, fds: FdStore) -> Image:
+    """The image of `config`: of the file that a reset comes back to, whatever its path is by then."""
+    if config.kernel is None:
+        raise ConfigError("no kernel given; name an ELF image or a prebuilt guest such as 'ticker'")
+    kernel = config.kernel
+    fd = fds.get_or_open("image", 0, lambda: open_image(resolve_kernel(kernel)))
+    check_received("image", 0, fd)
+    return load_image(
+        kernel,
+        ram=layout(config.memory),
+        entry_mode=config.boot_mode(),
+        load_address=config.load_address,
+        fd=fd,
+    )
+
+
 class Machine:
     """One guest machine in this process."""
 
@@ -163,9 +188,10 @@ class Machine:
         reactor: Reactor,
         listener: MachineListener,
         may_run: Callable[[], bool],
+        image: Image | None = None,
     ) -> None:
         """Build the machine; unless `origin` is NEW, `fds` and the state in them came from another VMM. The
-        VM is driven through `port`.
+        VM is driven through `port`. `image` is a new machine's, where `open_files` has loaded it already.
 
         Raises ConfigError, ImageError, HostError or StateError before anything runs; then nothing of it is
         left behind but `fds`.
@@ -179,7 +205,8 @@ class Machine:
         self._resume_to = RunState.RUNNING
         self._keeps_running = False
         self._turn: AbstractContextManager[object] = threading.Lock() if port.outlives else nullcontext()
-        image = self._load_image() if origin is Origin.NEW else None  # a bad one is refused before any VM is
+        if origin is Origin.NEW and image is None:
+            image = load_kernel(config, fds)  # a bad one is refused before any VM is
         self.memory = GuestMemory.map(fds, config.memory, config.hugepages)
         self.arena = Arena.open(fds)
         self.state = self.arena.place("machine", 0, MachineState)
@@ -198,16 +225,6 @@ class Machine:
     def _thread(self, vcpu: Vcpu, may_run: Callable[[], bool]) -> VcpuThread:
         journal = ExitJournal(self.arena, vcpu.index) if self.hypervisor.port.outlives else None
         return VcpuThread(vcpu, self.pio, self.mmio, self, may_run, journal, self._turn)
-
-    def _load_image(self) -> Image:
-        if self.config.kernel is None:
-            raise ConfigError("no kernel given; name an ELF image or a prebuilt guest such as 'ticker'")
-        return load_image(
-            resolve_kernel(self.config.kernel),
-            ram=layout(self.config.memory),
-            entry_mode=self.config.boot_mode(),
-            load_address=self.config.load_address,
-        )
 
     def _irq(self, gsi: int) -> IrqLine:
         return (
@@ -321,7 +338,7 @@ class Machine:
                 self._reset_stopped()
 
     def _reset_stopped(self) -> None:
-        image = self._load_image()
+        image = load_kernel(self.config, self.fds)
         self.hypervisor.restore_birth_state()
         self.serial.reset()
         self._boot(image, again=True)

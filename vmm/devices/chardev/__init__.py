@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from vmm.devices.chardev import pty, stdio, unix
 from vmm.devices.chardev.interface import CharDevice, Reactor
 from vmm.devices.chardev.pty import Pty
 from vmm.devices.chardev.spec import CharKind, CharSpec, parse_serial
@@ -19,7 +20,7 @@ from vmm.errors import ConfigError
 from vmm.fds import FdStore
 from vmm.state import Arena
 
-__all__ = ["CharDevice", "CharKind", "CharSpec", "Reactor", "open_chardev", "parse_serial"]
+__all__ = ["CharDevice", "CharKind", "CharSpec", "Reactor", "open_chardev", "open_fds", "parse_serial"]
 
 PRIVATE = 0o600  # a console's log may hold secrets
 
@@ -34,14 +35,35 @@ def open_chardev(spec: CharSpec, fds: FdStore, arena: Arena, reactor: Reactor, i
         case CharKind.STDIO:
             return Stdio(reactor, fds, arena, index, signals=spec.signals)
         case CharKind.FILE:
-            sink = fds.get_or_open("serial-out", index, lambda: _open_file(spec.path))
-            return Stream(str(spec), reactor, None, sink)
+            return Stream(str(spec), reactor, None, _sink(fds, index, spec.path))
         case CharKind.UNIX:
             return UnixServer(reactor, fds, index, spec.path)
         case CharKind.PTY:
             return Pty(reactor, fds, index)
         case CharKind.NULL:
             return Stream(str(spec), reactor, None, None)
+
+
+def open_fds(spec: CharSpec, fds: FdStore, index: int = 0) -> None:
+    """Open what `open_chardev` would, ahead of it: where paths can be opened no more by then.
+
+    Raises ConfigError or HostError where something cannot be opened.
+    """
+    match spec.kind:
+        case CharKind.STDIO:
+            stdio.ends(fds, index)
+        case CharKind.FILE:
+            _sink(fds, index, spec.path)
+        case CharKind.UNIX:
+            unix.listener(fds, index, spec.path)
+        case CharKind.PTY:
+            pty.master(fds, index)
+        case CharKind.NULL:
+            return
+
+
+def _sink(fds: FdStore, index: int, path: str) -> int:
+    return fds.get_or_open("serial-out", index, lambda: _open_file(path))
 
 
 def _open_file(path: str) -> int:

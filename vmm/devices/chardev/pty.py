@@ -32,13 +32,12 @@ class Pty(Stream):
 
     def __init__(self, reactor: Reactor, fds: FdStore, index: int) -> None:
         """Raises HostError where there is no pty, StateError where the received fd is no pty's master."""
-        master = fds.get_or_open("serial", index, _new_pty)
-        super().__init__(f"pty:{slave_path(master)}", reactor, master, master)
-        self._master = master
+        self._master = master(fds, index)
+        super().__init__(f"pty:{slave_path(self._master)}", reactor, self._master, self._master)
         self._hang_up = select.poll()
-        self._hang_up.register(master, 0)  # POLLHUP is reported unasked; poll(2)
+        self._hang_up.register(self._master, 0)  # POLLHUP is reported unasked; poll(2)
         self._edges = select.epoll()
-        self._edges.register(master, EDGE)
+        self._edges.register(self._master, EDGE)
 
     def close(self) -> None:
         """The end; the path goes when the FdStore closes the master."""
@@ -81,6 +80,11 @@ class Pty(Stream):
         if not self._edges.closed:
             self._edges.poll(0)
         super()._readable()
+
+
+def master(fds: FdStore, index: int) -> int:
+    """The fd of the master. Raises HostError where there is no pty."""
+    return fds.get_or_open("serial", index, _new_pty)
 
 
 def slave_path(master: int) -> str:

@@ -57,8 +57,7 @@ class Stdio(Stream):
 
     def __init__(self, reactor: Reactor, fds: FdStore, arena: Arena, index: int, *, signals: bool) -> None:
         """Raises HostError where the process has no stdin or stdout."""
-        source = fds.get_or_open("serial", index, lambda: _own(0, "stdin", os.O_RDONLY))
-        sink = fds.get_or_open("serial-out", index, lambda: _own(1, "stdout", os.O_WRONLY))
+        source, sink = ends(fds, index)
         super().__init__("stdio", reactor, source, sink)
         self._signals = signals
         self._terminal = source if os.isatty(source) else None
@@ -80,6 +79,12 @@ class Stdio(Stream):
                 self._original.saved = 0
             except termios.error as error:
                 log.warning("the terminal's mode is not restored: %s; run `stty sane` there", error.args[-1])
+
+
+def ends(fds: FdStore, index: int) -> tuple[int, int]:
+    """The fds of input and output. Raises HostError where the process has no stdin or stdout."""
+    source = fds.get_or_open("serial", index, lambda: _own(0, "stdin", os.O_RDONLY))
+    return source, fds.get_or_open("serial-out", index, lambda: _own(1, "stdout", os.O_WRONLY))
 
 
 def raw(mode: list[Any], *, signals: bool) -> list[Any]:

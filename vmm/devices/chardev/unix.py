@@ -33,7 +33,7 @@ class UnixServer(Stream):
         self._fds = fds
         self._index = index
         self._path = path
-        self._listener = fds.get_or_open("serial-listen", index, lambda: listen(path, "serial").detach())
+        self._listener = listener(fds, index, path)
         self._watched_listener = False
         self._deaf = False
         client = fds.find("serial", index)
@@ -44,6 +44,10 @@ class UnixServer(Stream):
             os.unlink(self._path)
         except FileNotFoundError:
             log.debug("%s: was removed before", self.label)
+        except PermissionError:  # it came with the guest, from a VMM that could reach it
+            log.warning(
+                "%s: its socket lies where the sandbox lets nothing be removed; remove it", self.label
+            )
 
     def _sync(self) -> None:
         super()._sync()
@@ -102,6 +106,11 @@ class UnixServer(Stream):
         log.info("%s: the client left", self.label)
         if self._writing:
             self._drain()
+
+
+def listener(fds: FdStore, index: int, path: str) -> int:
+    """The listening socket. Raises ConfigError for a bad path."""
+    return fds.get_or_open("serial-listen", index, lambda: listen(path, "serial").detach())
 
 
 def _left(fd: int) -> bool:

@@ -95,6 +95,8 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {_lower_first(str(error))}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: arrays or tables nested too deeply; a configuration has none") from error
     kernel = values.get("kernel")
     if isinstance(kernel, str) and os.sep in kernel and not os.path.isabs(kernel):
         values["kernel"] = os.path.join(os.path.dirname(os.path.abspath(path)), kernel)

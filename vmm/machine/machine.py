@@ -36,6 +36,7 @@ from vmm.irq import IrqLine, UnconnectedIrq
 from vmm.kvm import Port, Vcpu, Vm, abi
 from vmm.machine.config import MachineConfig, keep_config
 from vmm.machine.hypervisor import Hypervisor, Origin
+from vmm.machine.irqfd import GsiRoutes, IrqFds
 from vmm.machine.journal import ExitJournal
 from vmm.machine.runstate import RunState, check_transition
 from vmm.machine.vcpu_thread import VcpuThread
@@ -213,6 +214,10 @@ class Machine:
         keep_config(self.arena, config)
         self.hypervisor = Hypervisor(config, fds, self.memory, self.arena, port, origin)
         self.pio, self.mmio = Bus("PIO", PIO_SPACE), Bus("MMIO", MMIO_SPACE)
+        self.routes = GsiRoutes(self.hypervisor.vm, chips=config.irqchip == "kernel")
+        self.irqfds = IrqFds(self.hypervisor.vm, fds)
+        if origin is Origin.ADOPTED:
+            self.irqfds.taken_over()
         self.threads = [self._thread(vcpu, may_run) for vcpu in self.hypervisor.vcpus]
         self._build_devices(reactor)
         if image is not None:
@@ -301,6 +306,7 @@ class Machine:
     def _go(self, to: RunState) -> None:
         """Enter `to`; where that is RUNNING, let the vCPUs go (a reset asked for earlier is done first)."""
         self._enter(to)
+        self.irqfds.listen()
         if to is not RunState.RUNNING:
             return
         if self.state.reset_pending:
@@ -450,7 +456,12 @@ class Machine:
 
     def _save(self) -> None:
         """Stop the vCPUs; then store the chips, and after them, in parallel, the vCPUs."""
-        stopped = _Rendezvous(len(self.threads), self.hypervisor.save_chips)
+
+        def save_chips() -> None:
+            self.irqfds.release()
+            self.hypervisor.save_chips()
+
+        stopped = _Rendezvous(len(self.threads), save_chips)
 
         def save(index: int) -> None:
             stopped.wait()

@@ -3,11 +3,11 @@
 Linux answers EBUSY where an eventfd is given to a second irqfd, in whichever VM (seen on 6.18; 6.12 allows
 it). So there is an order, and nothing is retried:
 
-    old VMM                                          new VMM
-    vCPUs stopped; `release`, then the chips saved
-                                                     chips loaded
-    run token released            ───▶               run token taken, epoch moved: the old one will not come back
-                                                     `listen`, then the vCPUs run
+    old VMM                                        new VMM
+    vCPUs stopped; `release`, then chips saved
+                                                   chips loaded
+    run token released                     ───▶    run token taken: the old VMM will not come back
+                                                   `listen`, then the vCPUs run
     (rolled back instead: `listen`, then the vCPUs run on)
 
 Releasing waits for an interrupt under way, so it is in a chip before the chips are saved. What is signalled
@@ -42,7 +42,7 @@ class GsiRoutes:
         self._messages: dict[int, tuple[int, int]] = {}
 
     def route_msi(self, gsi: int, address: int, data: int) -> None:
-        """Have `gsi` send the message `data` to guest-physical `address`. Raises ConfigError for a pin's GSI."""
+        """Have `gsi` send the message `data` to guest-physical `address`. ConfigError for a pin's GSI."""
         if gsi < FIRST_MSI:
             raise ConfigError(
                 f"GSI {gsi} is a pin of an interrupt controller; messages have {FIRST_MSI} and up"
@@ -75,8 +75,9 @@ class IrqFds:
         self._listening = False
 
     def open(self, index: int, gsi: int) -> int:
-        """The eventfd `irqfd/index`, the received one or a new one, which from `listen` on raises `gsi`. While the
-        machine is built.
+        """The eventfd `irqfd/index`, the received one or a new one, which from `listen` on raises `gsi`.
+
+        While the machine is built.
         """
         eventfd = self._fds.get_or_open(IRQFD, index, _new_eventfd)
         self._gsis[eventfd] = gsi

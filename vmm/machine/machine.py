@@ -30,7 +30,7 @@ from vmm.devices.serial import Serial, SerialState
 from vmm.devices.testdev import PAGE as TESTDEV_PAGE_SIZE
 from vmm.devices.testdev import PORTS as TESTDEV_PORTS
 from vmm.devices.testdev import TestDevice, TestState
-from vmm.errors import ConfigError, GuestCrash, HandoverError, HostError, VmmError
+from vmm.errors import ConfigError, GuestCrash, HandoverError, HostError, StateError, VmmError
 from vmm.fds import FdStore, check_received
 from vmm.irq import IrqLine, UnconnectedIrq
 from vmm.kvm import Port, Vcpu, Vm, abi
@@ -220,6 +220,12 @@ class Machine:
             self.irqfds.taken_over()
         self.threads = [self._thread(vcpu, may_run) for vcpu in self.hypervisor.vcpus]
         self._build_devices(reactor)
+        if unknown := self.arena.unplaced():
+            names = ", ".join(f"{section.name}/{section.instance}" for section in unknown)
+            raise StateError(
+                f"the guest has state that neither this VMM nor this host's KVM knows: {names}; "
+                "hand over to a VMM of a version that does"
+            )
         if image is not None:
             self._boot(image)
         for thread in self.threads:

@@ -83,6 +83,7 @@ class Arena:
         self._mapping = mmap.mmap(fd, SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._header = _Header.from_buffer(self._mapping)
         self._index: dict[tuple[str, int], Section] = {}
+        self._placed: set[tuple[str, int]] = set()
         if create:
             self._header.magic = MAGIC
             self._header.layout_version = LAYOUT_VERSION
@@ -167,6 +168,7 @@ class Arena:
 
         `version` defaults to `kind.VERSION`. Raises StateError where the section has another version or size.
         """
+        self._placed.add((name, instance))
         wanted: int = kind.VERSION if version is None else version  # type: ignore[attr-defined, assignment]
         size = ctypes.sizeof(kind)
         section = self.find(name, instance)
@@ -190,6 +192,10 @@ class Arena:
     def overwrite(self, offset: int, data: bytes) -> None:
         """Put `data` at `offset`, as one section's content."""
         self._mapping[offset : offset + len(data)] = data
+
+    def unplaced(self) -> list[Section]:
+        """Sections that came with the memfd and that nobody here has asked for."""
+        return [section for key, section in self._index.items() if key not in self._placed]
 
     def _allocate(self, name: str, instance: int, version: int, size: int) -> Section:
         encoded = name.encode("ascii")

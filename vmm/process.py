@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,16 +21,30 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
+from vmm.boot.image import Image
 from vmm.cpr import incoming, outgoing
 from vmm.cpr.live import Choice, IncomingMachine, LiveIncoming, LiveOutgoing, Timeouts, refusal, run
 from vmm.cpr.report import Report
 from vmm.cpr.token import RunToken
-from vmm.errors import GuestCrash, HandoverError, PeerError, VmmError
+from vmm.devices.chardev import CharKind, parse_serial
+from vmm.errors import GuestCrash, HandoverError, HostError, PeerError, VmmError
 from vmm.fds import FdStore
 from vmm.machine.config import MachineConfig, decode, differences, encode, kept_config
+from vmm.machine.host import HOST_DEVICES
 from vmm.machine.hypervisor import Origin
-from vmm.machine.machine import Machine
-from vmm.machine.ports import Port, adopt_from_keeper, direct_port, find_keeper, has_keeper, start_keeper
+from vmm.machine.machine import Machine, home_of, open_files
+from vmm.machine.ports import (
+    Port,
+    adopt_from_keeper,
+    direct_port,
+    end_stale_keeper,
+    find_keeper,
+    has_keeper,
+    retire_keeper,
+    start_keeper,
+    take_keeper,
+    tidy_path,
+)
 from vmm.machine.probe import WORKS, drop_old_vm, probe_received_vm
 from vmm.machine.runstate import RunState
 from vmm.qmp.backend import QmpError
@@ -37,6 +52,7 @@ from vmm.qmp.commands import COMMANDS
 from vmm.qmp.moving import ArrivingClients, LeavingClients
 from vmm.qmp.schema import MigrationMode, UnixSocket
 from vmm.qmp.server import QmpServer
+from vmm.sandbox import Access, Grant, Mode, confine, limit_resources
 from vmm.state import Arena
 from vmm.trace import Tracer
 
@@ -45,6 +61,7 @@ log = logging.getLogger(__name__)
 W = TypeVar("W", outgoing.OutgoingWorld, incoming.IncomingWorld)
 T = TypeVar("T")
 
+NAP_S = 0.01
 LOOP_ANSWER_S = 1.0
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that computes may keep the interpreter from one that wakes up
 
@@ -78,8 +95,10 @@ class Options:
     keeper: bool = False
     keeper_path: str | None = None  # where the keeper listens for VMMs that come after a crash
     orphan_timeout_s: float = 0.0
-    attach: bool = False  # take over from the keeper at `keeper_path`, whose VMM is gone
+    attach: tuple[str, ...] = ()  # take over from the keeper at one of these paths, whose VMM is gone
     paused: bool = False
+    sandbox: Mode = Mode.OFF
+    grants: tuple[Grant, ...] = ()  # files, besides what the other options name
     owned: Callable[[], None] = lambda: None  # called once this process runs the machine
     disowned: Callable[[], None] = lambda: None  # called at the end, if it still does
 
@@ -97,7 +116,7 @@ class _OutgoingView:
         self.gave_up = machine.gave_up
 
     def fd_table(self) -> list[tuple[str, int, int]]:
-        return [*self._machine.fd_table(), *self._clients.rows()]
+        return [*self._machine.fd_table(offer=True), *self._clients.rows()]
 
     def runs_alone(self) -> bool:
         return self._machine.hypervisor.port.outlives
@@ -130,7 +149,10 @@ class VmmProcess:
         self._fds = FdStore()
         self._token: RunToken | None = None
         self._machine: Machine | None = None
-        self._owner = False
+        self._owner = False  # the guest runs here
+        self._ends_vm = False  # the VM is to end with this process
+        self._retired: socket.socket | None = None  # the keeper of the VM that the guest has left
+        self._spare: Port | None = None  # a keeper that is started and not needed yet
         self._held = options.paused
         self._mode = "normal"
         self._timeouts = Timeouts()
@@ -154,14 +176,20 @@ class VmmProcess:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._loop.add_signal_handler(number, self._on_signal, number)
+        if self._options.sandbox is not Mode.OFF:
+            limit_resources()
         try:
             for path in self._options.qmp_paths:
                 self._monitor.listen_unix(path)
             if self._options.attach:
+                self._confine()
                 self._attach()
             elif self._options.incoming is None:
                 self._cold_start()
             else:
+                if self._options.keeper:
+                    self._spare = self._start_keeper()
+                self._confine()
                 self._await_handover()
             return self._loop.run_until_complete(self._exit)
         finally:
@@ -170,9 +198,11 @@ class VmmProcess:
     def _cold_start(self) -> None:
         config = self._options.config
         assert config is not None
+        image = open_files(config, self._fds)
         port = self._new_port(self._fds)
+        self._confine()
         self._token = RunToken.open(self._fds)
-        self._machine = self._new_machine(config, self._fds, self._token, port, Origin.NEW)
+        self._machine = self._new_machine(config, self._fds, self._token, port, Origin.NEW, image)
         if not self._token.take(0):
             raise VmmError("a new machine's run token is held by another process")
         self._own()
@@ -180,43 +210,119 @@ class VmmProcess:
 
     def _new_port(self, fds: FdStore) -> Port:
         """A way to KVM for a VM of this process's making."""
-        options = self._options
-        if not options.keeper:
+        if not self._options.keeper:
             return direct_port()
-        port = start_keeper(options.keeper_path, options.orphan_timeout_s)
-        fds.deposit(port)
+        port, self._spare = self._spare or self._start_keeper(), None
+        try:
+            fds.deposit(port)
+        except BaseException:
+            port.close(for_good=True)
+            raise
         return port
 
+    def _start_keeper(self) -> Port:
+        return start_keeper(self._options.keeper_path, self._options.orphan_timeout_s)
+
+    def _end_spare(self) -> None:
+        """End the keeper that was started in case this process would make the VM: it does not."""
+        if self._spare is not None:
+            self._spare.close(for_good=True)
+            self._spare = None
+            if self._options.keeper_path is not None:
+                tidy_path(self._options.keeper_path)
+
+    def _confine(self) -> None:
+        """Give up what is not needed from here on: nothing of a guest's or a peer's is read before this."""
+        report = confine(self._options.sandbox, self._grants())
+        for missing in report.missing:
+            log.warning("sandbox: %s", missing)
+        if report.done:
+            log.info("sandbox: %s", ", ".join(report.done))
+
+    def _grants(self) -> list[Grant]:
+        """The files that are opened, made or removed later on; see docs/security.md."""
+        options = self._options
+        paths = [*options.qmp_paths]
+        if options.incoming is not None:
+            paths += [options.incoming.cpr_path, options.incoming.main_path]
+        serial = options.config.serial if options.config is not None else options.given.get("serial")
+        if serial is not None and (spec := parse_serial(serial)).kind is CharKind.UNIX:
+            paths.append(spec.path)
+        directories = {os.path.dirname(os.path.abspath(path)) for path in paths}
+        return [
+            *(Grant(path, Access.DEVICE) for path in HOST_DEVICES),
+            *(Grant(path, Access.SOCKETS) for path in sorted(directories)),
+            *options.grants,
+        ]
+
     def _attach(self) -> None:
-        """Take over from the keeper a guest whose VMM is gone."""
-        assert self._options.keeper_path is not None
-        port = find_keeper(self._options.keeper_path, self._fds)
+        """Take over from its keeper a guest whose VMM is gone."""
+        port = self._find_guest()
         config = kept_config(Arena.open(self._fds))
-        self._token = RunToken.open(self._fds)
-        self._machine = self._new_machine(config, self._fds, self._token, port, Origin.ADOPTED)
-        if not self._token.take(self._token.epoch()):
-            raise HandoverError("another VMM runs the guest; use 'vmm handover' to replace it")
+        self._token = token = RunToken.open(self._fds)
+        self._machine = self._new_machine(config, self._fds, token, port, Origin.ADOPTED)
+        deadline = time.monotonic() + self._timeouts.commit_s
+        while not token.take(token.epoch()):
+            if time.monotonic() > deadline:  # who was just killed may hold it for a moment
+                raise HandoverError("another VMM runs the guest; use 'vmm handover' to replace it")
+            time.sleep(NAP_S)
         self._machine.resume(running=not self._machine.state.paused, after_crash=True)
-        self._fds.vault = port
         self._own()
 
+    def _find_guest(self) -> Port:
+        """The port to the guest's VM. A keeper whose VM the guest has left, without ending it, is ended."""
+        for path in self._options.attach:
+            fds = FdStore()
+            port = find_keeper(path, fds)
+            if home_of(Arena.open(fds)) == port.identity:
+                self._fds = fds
+                return port
+            log.warning("%s: the guest has left that keeper's VM; it is ended", path)
+            fds.close()
+            end_stale_keeper(port)
+        raise HandoverError("no keeper has the guest: it ended with the VMM that it was handed to")
+
     def _new_machine(
-        self, config: MachineConfig, fds: FdStore, token: RunToken, port: Port, origin: Origin
+        self,
+        config: MachineConfig,
+        fds: FdStore,
+        token: RunToken,
+        port: Port,
+        origin: Origin,
+        image: Image | None = None,
     ) -> Machine:
-        return Machine(
-            config,
-            fds,
-            port=port,
-            origin=origin,
-            tracer=self._tracer,
-            reactor=self._loop,
-            listener=self,
-            may_run=lambda: token.held,
-        )
+        self._ends_vm = origin is not Origin.ADOPTED
+        try:
+            return Machine(
+                config,
+                fds,
+                port=port,
+                origin=origin,
+                tracer=self._tracer,
+                reactor=self._loop,
+                listener=self,
+                may_run=lambda: token.held,
+                image=image,
+            )
+        except BaseException:
+            port.close(for_good=self._ends_vm)
+            raise
 
     def _own(self) -> None:
-        self._owner = True
+        self._owner = self._ends_vm = True
         self._options.owned()
+        assert self._machine is not None
+        port = self._machine.hypervisor.port
+        if port.lifeline is not None:
+            self._loop.add_reader(port.lifeline, self._vm_ended, port)
+
+    def _vm_ended(self, port: Port) -> None:
+        """What the VM lived in has ended, and we have not asked it to."""
+        assert port.lifeline is not None
+        self._loop.remove_reader(port.lifeline)
+        if self._owner:
+            port.lost()
+            self._crashed(HostError("the keeper of the VM has ended, and the guest with it"))
 
     def _on_signal(self, number: int) -> None:
         log.info("%s: ending the guest", signal.Signals(number).name)
@@ -233,8 +339,11 @@ class VmmProcess:
                 world.cancel.set("the VMM is ending")
         if self._carrier is not None:
             self._carrier.join(self._timeouts.setup_s)
+        self._end_spare()
         if self._machine is not None:
-            self._machine.close(for_good=self._owner)
+            self._machine.close(for_good=self._ends_vm)
+        if self._retired is not None:
+            self._retired.close()
         self._monitor.close()
         if self._owner:
             self._options.disowned()
@@ -307,7 +416,20 @@ class VmmProcess:
 
     def failed(self, error: BaseException) -> None:
         """One of our own threads failed: nothing can be promised any more."""
-        self._post(self._crashed, error)
+        self._post(self._failed, error)
+
+    def _failed(self, error: BaseException) -> None:
+        machine = self._machine
+        if machine is None or not machine.hypervisor.port.outlives or self._exit.done():
+            self._crashed(error)
+            return
+        self._leave_guest(error, VmmError.exit_code)
+
+    def _leave_guest(self, why: object, status: int) -> None:
+        """End this process, but not the guest, which lives on where the next VMM finds it."""
+        log.error("%s; the guest lives on in its keeper, see 'vmm attach'", why)
+        self._owner = self._ends_vm = False
+        self._shut_down(status, "host-error", guest=False)
 
     def _ended(self, status: int, reason: str) -> None:
         assert self._machine is not None
@@ -324,12 +446,17 @@ class VmmProcess:
 
     def _reset(self) -> None:
         assert self._machine is not None
+        self._do_reset(self._machine.reset_if_due, guest=True)
+
+    def _do_reset(self, reset: Callable[[], bool], *, guest: bool) -> None:
         try:
-            self._machine.reset()
+            done = reset()
         except (VmmError, OSError) as error:
             self._crashed(error)
-        else:
-            self._tell("RESET", {"guest": True, "reason": "guest-reset"})
+            return
+        if done:
+            reason = "guest-reset" if guest else "host-qmp-system-reset"
+            self._tell("RESET", {"guest": guest, "reason": reason})
 
     # --- Backend: the monitor's commands, main thread ---
 
@@ -392,8 +519,7 @@ class VmmProcess:
 
     def reset(self) -> None:
         """QMP `system_reset`."""
-        self._the_machine()
-        self._reset()
+        self._do_reset(self._the_machine().reset, guest=False)
 
     def inject_nmi(self) -> None:
         """QMP `inject-nmi`."""
@@ -545,7 +671,10 @@ class VmmProcess:
             clients.close()
             self._release_events()
         if phase in (outgoing.Phase.COMPLETED, outgoing.Phase.LOST):
-            self._owner = False
+            adopted = world.report.method == "adopt"
+            self._owner, self._ends_vm = False, not adopted
+            if adopted and phase is outgoing.Phase.LOST:
+                self._post(self._leave_guest, self._error, HandoverError.exit_code)
         log.log(
             logging.INFO if phase is outgoing.Phase.COMPLETED else logging.WARNING,
             "handover %s%s",
@@ -581,11 +710,13 @@ class VmmProcess:
         choice = self._choose(fds)
         self._token = token
         if choice.method == "rebuild":
+            self._retired = take_keeper(fds)
             drop_old_vm(fds)
             machine = self._new_machine(config, fds, token, self._new_port(fds), Origin.REBUILT)
         elif choice.probe == WORKS:
             machine = self._new_machine(config, fds, token, direct_port(), Origin.ADOPTED)
         else:
+            self._end_spare()
             machine = self._new_machine(config, fds, token, adopt_from_keeper(fds), Origin.ADOPTED)
         self._machine = machine
         return _IncomingView(machine, lambda: self._held), choice
@@ -630,8 +761,13 @@ class VmmProcess:
         assert self._incoming is not None
         self._arriving.arrive(self._monitor, self._incoming.clients)
         self._release_events()
-        self._fds.vault = self._machine.hypervisor.port
         self._own()
+        if self._retired is not None:
+            retired, self._retired = self._retired, None
+            try:
+                retire_keeper(retired)
+            except PeerError as error:
+                log.warning("the keeper that the guest was in: %s", error)
         if self._error is None:
             log.info("the guest runs here")
         else:

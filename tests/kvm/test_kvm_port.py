@@ -122,7 +122,21 @@ class RecordingPort:
     def drop(self, name: str, index: int) -> None:
         self.calls.append(("drop", name, index))
 
-    def fd_rows(self) -> list[tuple[str, int, int]]:
+    @property
+    def identity(self) -> int:
+        return 0
+
+    @property
+    def lifeline(self) -> None:
+        return None
+
+    def live_on(self) -> None:
+        self.calls.append(("live_on",))
+
+    def lost(self) -> None:
+        self.calls.append(("lost",))
+
+    def fd_rows(self, *, offer: bool) -> list[tuple[str, int, int]]:
         return []
 
     def run(self, vcpu_fd: int) -> bool:

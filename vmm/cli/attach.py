@@ -31,10 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"no keeper has a VM named {directory.name!r}; start it with 'vmm run --name {directory.name}'"
         )
+    directory.tidy()  # of the sockets that the last VMM has left
     paths = [str(directory.own_qmp()), *(qmp_path(text) for text in arguments.qmp)]
     options = Options(
-        attach=True,
-        keeper_path=str(directory.keeper),
+        attach=tuple(str(path) for path in directory.keepers()),
         qmp_paths=tuple(paths),
         owned=directory.claim,
         disowned=directory.disclaim,

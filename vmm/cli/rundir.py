@@ -74,9 +74,15 @@ class RunDir:
         """Where a keeper listens that this process starts."""
         return self.path / f"keeper-{os.getpid()}.sock"
 
+    def keepers(self) -> list[Path]:
+        """Where keepers of the VM answer, the VM's own first; others are of a handover that was cut off."""
+        own = os.readlink(self.keeper) if self.keeper.is_symlink() else ""
+        found = sorted(self.path.glob("keeper-*.sock"), key=lambda path: (path.name != own, path.name))
+        return [path for path in found if _listens(path, socket.SOCK_SEQPACKET)]
+
     def kept(self) -> bool:
         """Whether a keeper has the VM, with or without a VMM."""
-        return _listens(self.keeper, socket.SOCK_SEQPACKET)
+        return bool(self.keepers())
 
     def lives(self) -> bool:
         """Whether a VMM listens at the VM's monitor; one that was killed leaves a socket that refuses."""

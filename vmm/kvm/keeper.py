@@ -26,6 +26,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import resource
 import select
 import signal
 import socket
@@ -33,14 +34,21 @@ import struct
 import sys
 import threading
 import time
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
+
+PROTOCOL = 1  # of the messages and of the slots; a VMM that knows another one must not attach
+HELLO = struct.Struct("=IIQ")  # protocol, pid, identity
 
 REQUEST = struct.Struct("=IiQQQQQ")  # op, fd, request number, four arguments
 REPLY = struct.Struct("=iiI")  # result, errno, flags
 PAYLOAD_MAX = 1 << 16
 MESSAGE_MAX = REQUEST.size + PAYLOAD_MAX
 NAME = struct.Struct("=32sII")  # name, id, the keeper's fd
-FDS_MAX = 4096  # fds the keeper will hold
+FDS_MAX = 4096  # fds the keeper will hold, as far as its limit of open files allows
+FDS_SPARE = 64  # of that limit: its own, its clients', and those of one message
+CLIENTS_MAX = 16
+START_S = 2.0  # to live without a VMM until OP_ORPHAN says how long
+ORPHAN_MAX_MS = 1 << 30  # some 12 days; what a poll can wait for
 FDS_PER_MESSAGE = 250  # below the kernel's SCM_MAX_FD
 NEEDED = frozenset({b"kvm-slots", b"kvm-go", b"kvm-done"})  # names that the keeper itself gave, and uses
 
@@ -52,6 +60,7 @@ SLOTS_SIZE = SLOT * SLOTS
 LARGEST_WORD = (1 << 64) - 1
 KICK = signal.SIGUSR1
 
+OP_HELLO = 0  # HELLO, and a pidfd of the keeper's
 OP_IOCTL = 1  # fd, number, argument or payload -> payload
 OP_CREATE = 2  # the same; the new fd is held and sent back with its number in the reply's payload
 OP_MEMORY = 3  # fd of the VM; slot | flags << 32, gpa, size, offset; payload: the keeper's fd of the memfd
@@ -65,9 +74,10 @@ OP_TABLE = 10  # from row n: rows of NAME, with their fds
 OP_ATTACH = 11  # be the one VMM; EBUSY while another is attached and alive
 OP_DETACH = 12  # be it no more
 OP_SUCCESSOR = 13  # one fd, a socket: a VMM that will attach later speaks through it
-OP_ORPHAN = 14  # seconds to live without a VMM; 0: for ever
+OP_ORPHAN = 14  # milliseconds to live once no VMM is connected; 0: for ever
 OP_QUIT = 15  # end; the guest ends with it
-NEED_NO_ATTACH = frozenset({OP_ATTACH, OP_TABLE})
+ANYBODY = frozenset({OP_HELLO, OP_ATTACH, OP_TABLE})
+NEED_NO_ATTACH = ANYBODY | {OP_ORPHAN}  # of a VMM that was attached, or announced by one that is
 
 KVM_RUN = 0xAE80
 KVM_SET_USER_MEMORY_REGION = 0x4020AE46
@@ -106,7 +116,7 @@ PASSED = frozenset({
 # an fd of the keeper's within the argument: request -> (offset of the number, offset of a second or None)
 INNER_FDS = {0x4020AE76: (0, 20), 0x4040AE79: (16, None)}  # IRQFD: fd, resamplefd; IOEVENTFD
 NO_FD = 0xFFFFFFFF
-
+MAP_NORESERVE = 0x4000  # asm-generic/mman-common.h
 
 _libc_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
 _libc_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
@@ -136,7 +146,7 @@ class Refused(Exception):
         self.written = written
 
 
-EINVAL, EPERM, EBUSY, EBADF, ENOSPC, EAGAIN = 22, 1, 16, 9, 28, 11
+EINVAL, EPERM, EBUSY, EBADF, ENOSPC, EAGAIN, EEXIST = 22, 1, 16, 9, 28, 11, 17
 
 
 class VcpuRunner:
@@ -160,16 +170,35 @@ class VcpuRunner:
         read, write = os.eventfd_read, os.eventfd_write
         while True:
             read(go)
-            while words[CALLED] != words[RETURNED]:
-                try:
-                    ioctl(fd, KVM_RUN, 0)
-                    result = 0
-                except OSError as error:
-                    result = error.errno or EINVAL
-                    signal.sigtimedwait({KICK}, 0)
-                words[RESULT] = result
-                words[RETURNED] = words[RETURNED] + 1 & LARGEST_WORD
+            while (turn := words[CALLED]) != words[RETURNED]:
+                words[RESULT] = _run(fd)
+                words[RETURNED] = turn
                 write(done, 1)
+
+
+def _run(fd: int) -> int:
+    """KVM_RUN: 0 for an exit, else its errno. What INIT or SIPI has woken (EAGAIN) runs on: nobody is
+    needed.
+    """
+    while True:
+        try:
+            ioctl(fd, KVM_RUN, 0)
+        except OSError as error:
+            if error.errno == EAGAIN:
+                continue
+            signal.sigtimedwait({KICK}, 0)
+            return error.errno or EINVAL
+        return 0
+
+
+class Mapping(NamedTuple):
+    """The memory of one slot, as it is mapped here."""
+
+    memfd: int
+    offset: int
+    size: int
+    mapping: mmap.mmap
+    address: int
 
 
 class Keeper:
@@ -180,9 +209,13 @@ class Keeper:
         self._listener = listener
         self._clients: dict[int, socket.socket] = {}
         self._attached: socket.socket | None = None
+        self._vmms = {first}  # who has been attached or was announced, while they are connected
+        self._life = -1
+        self._identity = int.from_bytes(os.urandom(8), sys.byteorder)
         self._names: dict[tuple[bytes, int], int] = {}
         self._held: set[int] = set()
-        self._mappings: list[mmap.mmap] = []
+        self._mappings: dict[tuple[int, int], Mapping] = {}  # by VM fd and slot
+        self._most_fds = min(FDS_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FDS_SPARE)
         self._bitmap_sizes: dict[tuple[int, int], int] = {}  # of a VM fd's slot: bytes of its dirty log
         self._buffer = ctypes.create_string_buffer(PAYLOAD_MAX)
         self._slots_fd = os.memfd_create("vmm-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -193,7 +226,7 @@ class Keeper:
         self._words = memoryview(mmap.mmap(self._slots_fd, SLOTS_SIZE)).cast("Q")
         self._runners: dict[int, VcpuRunner] = {}
         self._by_fd: dict[int, VcpuRunner] = {}
-        self._orphan_s = 0.0
+        self._orphan_s = START_S
         self._alone_since = time.monotonic()
         self._names[b"kvm-slots", 0] = self._slots_fd
         self._held.add(self._slots_fd)
@@ -201,6 +234,7 @@ class Keeper:
             self._poll.register(listener, select.POLLIN)
         self._admit(first)
         self._operations = {
+            OP_HELLO: self._hello,
             OP_IOCTL: self._ioctl,
             OP_CREATE: self._create,
             OP_MEMORY: self._memory,
@@ -223,7 +257,7 @@ class Keeper:
         """Serve until the attached VMM says OP_QUIT, or nobody came for the orphan timeout."""
         while True:
             wait_ms = None
-            if self._attached is None and self._orphan_s:
+            if not self._vmms and self._orphan_s:
                 left = self._alone_since + self._orphan_s - time.monotonic()
                 if left <= 0:
                     return
@@ -234,30 +268,42 @@ class Keeper:
                         sock, _ = self._listener.accept()
                     except OSError:  # it went again
                         continue
-                    self._admit(sock)
+                    if not self._admit(sock):
+                        sock.close()
                 elif fd in self._clients and not self._serve_one(self._clients[fd]):
                     return
 
-    def _admit(self, sock: socket.socket) -> None:
+    def _admit(self, sock: socket.socket) -> bool:
+        """Listen to `sock` from here on, unless it is a stranger's or there are too many."""
         _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid not in (os.geteuid(), 0) or len(self._clients) >= 16:
-            sock.close()
-            return
-        sock.setblocking(True)
-        sock.settimeout(5.0)  # a VMM that does not take its answers cannot stop us
+        if uid not in (os.geteuid(), 0) or len(self._clients) >= CLIENTS_MAX:
+            return False
+        sock.setblocking(False)  # a VMM that does not take its answers cannot stop us
         self._clients[sock.fileno()] = sock
         self._poll.register(sock, select.POLLIN)
+        return True
 
     def _dismiss(self, sock: socket.socket) -> None:
         self._poll.unregister(sock)
         del self._clients[sock.fileno()]
         if sock is self._attached:
-            self._leave()
+            self._attached = None
+        if sock in self._vmms:
+            self._vmms.discard(sock)
+            self._alone_since = time.monotonic()
         sock.close()
 
-    def _leave(self) -> None:
-        self._attached = None
-        self._alone_since = time.monotonic()
+    def stop_listening(self) -> None:
+        """Be found no more: remove the listening socket's file, which the first VMM made."""
+        if self._listener is None:
+            return
+        try:
+            os.unlink(self._listener.getsockname())
+        except OSError:  # somebody has cleaned up
+            pass
+        self._poll.unregister(self._listener)
+        self._listener.close()
+        self._listener = None
 
     def _serve_one(self, sock: socket.socket) -> bool:
         fds = array.array("i")
@@ -265,11 +311,14 @@ class Keeper:
             data, ancillary, flags, _ = sock.recvmsg(
                 MESSAGE_MAX, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC
             )
+        except BlockingIOError:  # whoever had this number before had something to say
+            return True
         except OSError:
             self._dismiss(sock)
             return True
-        for _, _, content in ancillary:
-            fds.frombytes(content[: len(content) - len(content) % 4])
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(content[: len(content) - len(content) % 4])
         payload, result, number = b"", 0, 0
         sent: list[int] = []
         try:
@@ -279,9 +328,10 @@ class Keeper:
             if len(data) < REQUEST.size or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise Refused(EINVAL)
             op, fd, request, *arguments = REQUEST.unpack_from(data)
-            if op not in NEED_NO_ATTACH and sock is not self._attached:
+            if op not in (NEED_NO_ATTACH if sock in self._vmms else ANYBODY) and sock is not self._attached:
                 raise Refused(EPERM)
             if op == OP_QUIT:
+                self.stop_listening()
                 _say_last(sock)
                 return False
             operation = self._operations.get(op)
@@ -292,7 +342,7 @@ class Keeper:
             result, number, payload = -1, refusal.errno, refusal.written
         except OSError as error:
             result, number = -1, error.errno or EINVAL
-        except (struct.error, ValueError, OverflowError):  # a payload of the wrong shape
+        except Exception:  # noqa: BLE001 -- a payload of the wrong shape; no message ends the guest
             result, number = -1, EINVAL
         finally:
             for one in fds:
@@ -306,6 +356,17 @@ class Keeper:
         return True
 
     # --- operations: (socket, fd, request, arguments, payload, fds) -> (payload, fds, result) ---
+
+    def _hello(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, _f: Fds) -> Answer:
+        if self._life < 0:
+            self._life = os.pidfd_open(os.getpid())
+            self._held.add(self._life)
+        return HELLO.pack(PROTOCOL, os.getpid(), self._identity), [self._life], 0
+
+    def _room(self) -> None:
+        """Room for one more fd. (A mapping has one, too.)"""
+        if len(self._held) + len(self._mappings) >= self._most_fds:
+            raise Refused(ENOSPC)
 
     def _owned(self, fd: int) -> int:
         if fd not in self._held:
@@ -354,8 +415,9 @@ class Keeper:
     def _create(
         self, _s: socket.socket, fd: int, request: int, arguments: list[int], payload: bytes, _f: Fds
     ) -> Answer:
-        if request not in CREATES or len(self._held) >= FDS_MAX:
+        if request not in CREATES:
             raise Refused(EPERM)
+        self._room()
         created, _ = self._call(fd, request, arguments[0], payload)
         os.set_inheritable(created, False)
         self._held.add(created)
@@ -366,15 +428,9 @@ class Keeper:
     ) -> Answer:
         slot_flags, gpa, size, offset = arguments[:4]
         memfd, guest_memfd, guest_offset = struct.unpack("=IIQ", payload)
-        address = 0
-        if size and memfd != NO_FD:
-            mapping = mmap.mmap(
-                self._owned(memfd), size, mmap.MAP_SHARED | 0x4000, offset=offset
-            )  # NORESERVE
-            self._mappings.append(mapping)
-            address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         slot, flags = slot_flags & 0xFFFFFFFF, slot_flags >> 32
-        region = struct.pack("=IIQQQ", slot, flags, gpa, size, address)
+        mapped = self._map(fd, slot, memfd, size, offset) if size and memfd != NO_FD else None
+        region = struct.pack("=IIQQQ", slot, flags, gpa, size, mapped.address if mapped else 0)
         if guest_memfd != NO_FD:
             region += struct.pack("=QI", guest_offset, self._owned(guest_memfd)) + bytes(4 + 14 * 8)
             number = KVM_SET_USER_MEMORY_REGION2
@@ -382,7 +438,18 @@ class Keeper:
             number = KVM_SET_USER_MEMORY_REGION
         ioctl(self._owned(fd), number, region)
         self._bitmap_sizes[fd, slot] = -(-size // (64 * mmap.PAGESIZE)) * 8
+        self._mappings.pop((fd, slot), None)  # unmapped, unless the slot is the same one, changed
+        if mapped is not None:
+            self._mappings[fd, slot] = mapped
         return b"", [], 0
+
+    def _map(self, fd: int, slot: int, memfd: int, size: int, offset: int) -> Mapping:
+        known = self._mappings.get((fd, slot))
+        if known is not None and (known.memfd, known.offset, known.size) == (memfd, offset, size):
+            return known
+        self._room()
+        mapping = mmap.mmap(self._owned(memfd), size, mmap.MAP_SHARED | MAP_NORESERVE, offset=offset)
+        return Mapping(memfd, offset, size, mapping, ctypes.addressof(ctypes.c_char.from_buffer(mapping)))
 
     def _attribute(
         self, _s: socket.socket, fd: int, request: int, arguments: list[int], _p: bytes, _f: Fds
@@ -408,8 +475,9 @@ class Keeper:
 
     def _vcpu(self, _s: socket.socket, fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds) -> Answer:
         slot = arguments[0]
-        if slot >= SLOTS or slot in self._runners:
+        if slot >= SLOTS or slot in self._runners or fd in self._by_fd:
             raise Refused(EINVAL)
+        self._room()
         unblocked = ~(1 << (KICK - 1)) & LARGEST_WORD
         ioctl(self._owned(fd), KVM_SET_SIGNAL_MASK, struct.pack("=IQ", 8, unblocked))
         runner = VcpuRunner(fd, slot, self._words)
@@ -435,8 +503,9 @@ class Keeper:
     def _store(self, _s: socket.socket, fd: int, _r: int, _a: list[int], payload: bytes, fds: Fds) -> Answer:
         name, index, _ = NAME.unpack(payload)
         key = (name.rstrip(b"\0"), index)
-        if key in self._names or len(self._held) >= FDS_MAX:
-            raise Refused(ENOSPC)
+        if key in self._names:
+            raise Refused(EEXIST)
+        self._room()
         stored = self._owned(fd) if not fds else fds[0]
         self._names[key] = stored
         self._held.add(stored)
@@ -451,6 +520,9 @@ class Keeper:
         if fd not in self._names.values():
             self._held.discard(fd)
             os.close(fd)
+            for slot, mapped in self._mappings.items():
+                if mapped.memfd == fd:  # a number that may be another's soon
+                    self._mappings[slot] = mapped._replace(memfd=-1)
         return b"", [], 0
 
     def _table(
@@ -466,10 +538,11 @@ class Keeper:
         if self._attached is not None and self._attached is not sock and not _hung_up(self._attached):
             raise Refused(EBUSY)
         self._attached = sock
+        self._vmms.add(sock)
         return b"", [], 0
 
     def _detach(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, _f: Fds) -> Answer:
-        self._leave()
+        self._attached = None
         return b"", [], 0
 
     def _successor(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, fds: Fds) -> Answer:
@@ -477,15 +550,17 @@ class Keeper:
             raise Refused(EINVAL)
         sock = socket.socket(fileno=fds[0])
         fds.pop()  # the socket's from here on
-        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_SEQPACKET:
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET) or not self._admit(sock):
             sock.close()
             raise Refused(EINVAL)
-        self._admit(sock)
+        self._vmms.add(sock)
         return b"", [], 0
 
     def _orphan(
         self, _s: socket.socket, _fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds
     ) -> Answer:
+        if arguments[0] > ORPHAN_MAX_MS:
+            raise Refused(EINVAL)
         self._orphan_s = arguments[0] / 1000
         return b"", [], 0
 
@@ -514,7 +589,11 @@ def main() -> None:
     for fd in fds:
         os.set_inheritable(fd, False)
     listener = socket.socket(fileno=fds[1]) if len(fds) > 1 else None
-    Keeper(listener, socket.socket(fileno=fds[0])).serve()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    keeper = Keeper(listener, socket.socket(fileno=fds[0]))
+    keeper.serve()
+    keeper.stop_listening()
     os._exit(0)  # the threads are in KVM_RUN; the VM goes with the process
 
 

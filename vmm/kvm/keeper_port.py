@@ -8,22 +8,27 @@ means, and holds no state that a VMM which comes after a crash would need.
 from __future__ import annotations
 
 import array
+import errno
 import mmap
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from itertools import count
+from typing import Any, ClassVar
 
 from vmm.errors import HostError, PeerError
 from vmm.kvm import abi, keeper
 from vmm.kvm.abi import Ioctl
-from vmm.kvm.port import KICKED, Argument, Bitmap, ioctl_error
+from vmm.kvm.port import KICKED, Argument, Bitmap, IoctlError, ioctl_error
 
 ANSWER_TIMEOUT_S = 10.0
+ATTACH_TIMEOUT_S = 1.0  # for the kernel to close the connection of a VMM that has just been killed
+NAP_S = 0.01
 
 KEEPER_NAME, SLOTS_NAME, GO_NAME, DONE_NAME = "keeper", "kvm-slots", "kvm-go", "kvm-done"
 
@@ -47,8 +52,13 @@ class _Runner:
         self.go = go
         self.done = done
         self.leaving = False
+        self.unserved = False  # an exit waits that an earlier VMM has left: `run` returns it without running
+
+    @property
+    def exit(self) -> int:
+        """The number of the exit that waits to be served, or is being served; 0 where there is none."""
         called, returned, result = (self.words[at] for at in (keeper.CALLED, keeper.RETURNED, keeper.RESULT))
-        self.unserved = returned > 0 and called == returned and result == 0
+        return int(returned) if called == returned and result == 0 else 0
 
     def proceed(self) -> None:
         """Have the keeper call KVM_RUN unless it has been told to already: the last exit is served."""
@@ -63,21 +73,45 @@ class KeeperPort:
 
     OWN_NAMES: ClassVar[frozenset[str]] = frozenset({SLOTS_NAME, GO_NAME, DONE_NAME})
 
-    def __init__(self, sock: socket.socket, pid: int) -> None:
+    def __init__(self, sock: socket.socket, orphan_timeout_s: float = 0.0) -> None:
+        """Ask who is there. Raises PeerError where that is no keeper, or one of another version."""
         sock.settimeout(ANSWER_TIMEOUT_S)
-        self.pid: Final = pid
+        self.pid = -1
+        self._identity = 0
+        self._orphan_timeout_s = orphan_timeout_s
         self._sock = sock
         self._lock = threading.Lock()
+        self._broken: str | None = None  # why nothing can be asked of the keeper any more
         self._numbers: dict[int, int] = {}  # this process's fd -> the keeper's
+        self._names: dict[tuple[str, int], int] = {}  # -> this process's fd
         self._runners: dict[int, _Runner] = {}
         self._words: memoryview | None = None
         self._slots_fd = -1
         self._events: dict[int, tuple[int, int]] = {}  # vCPU index -> its go and done eventfds
         self._offered: socket.socket | None = None
+        self._life = -1
+        try:
+            self._greet()
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self) -> None:
+        _, payload, fds = self._do(keeper.OP_HELLO, "say who it is")
+        (self._life,) = fds
+        protocol, self.pid, self._identity = keeper.HELLO.unpack(payload)
+        if protocol != keeper.PROTOCOL:
+            raise PeerError(
+                f"the keeper, process {self.pid}, speaks protocol {protocol}, this VMM {keeper.PROTOCOL}; "
+                "use 'vmm handover --mode rebuild' to move the guest into a new keeper"
+            )
 
     @classmethod
-    def start(cls, listener: socket.socket | None = None) -> KeeperPort:
-        """Start a keeper process and attach to it; `listener` is where VMMs that come later will find it."""
+    def start(cls, listener: socket.socket | None = None, orphan_timeout_s: float = 0.0) -> KeeperPort:
+        """Start a keeper process and attach to it; `listener` is where VMMs that come later will find it.
+
+        Once told to live on it ends that long after the last VMM has gone (0: never). Raises HostError.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         passed = [theirs.fileno()] + ([listener.fileno()] if listener is not None else [])
         command = [sys.executable, "-I", "-S", "-B", keeper.__file__, *map(str, passed)]
@@ -89,61 +123,43 @@ class KeeperPort:
             except OSError as error:
                 ours.close()
                 raise HostError(f"the keeper process cannot be started: {error.strerror}") from error
-        port = cls(ours, process.pid)
         process.returncode = 0  # it outlives this process: nobody here waits for it
+        try:
+            port = cls(ours, orphan_timeout_s)
+        except PeerError as error:
+            raise HostError(f"the keeper process does not start: {error}") from error
         port.attach()
         return port
 
     @classmethod
     def connect(cls, path: str) -> KeeperPort:
         """A connection to the keeper that listens at `path`; not attached yet. Raises PeerError."""
-        sock = cls.connect_socket(path)
-        return cls(sock, cls.peer(sock))
-
-    @staticmethod
-    def connect_socket(path: str) -> socket.socket:
-        """The bare connection, for `adopt`. Raises PeerError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             sock.connect(path)
         except OSError as error:
             sock.close()
             raise PeerError(f"no keeper answers at {path}: {error.strerror}") from error
-        return sock
+        return cls(sock)
 
-    @classmethod
-    def adopt(cls, sock: socket.socket, fds: Mapping[tuple[str, int], int]) -> KeeperPort:
-        """The port of a VMM that takes over, on the fds that came with it; `attach` when the guest is its
-        own.
+    def take_over(self, rows: Iterable[HeldFd], fds: Mapping[tuple[str, int], int]) -> None:
+        """Be the port of a VMM that goes on with the keeper's VM; `attach` when the guest is its own.
 
-        `fds` are this process's, by name and id; the keeper says which of its own each of them is. Raises
-        PeerError where the keeper has no such machine.
+        `rows` are the keeper's table, `fds` this process's own copies, by name and id; those of OWN_NAMES
+        are the port's from here on. Raises PeerError where the keeper has no such machine.
         """
-        port = cls(sock, cls.peer(sock))
-        rows = port.table()
-        try:
-            known = {(row.name, row.id): row.keepers_fd for row in rows}
-            port._numbers = {fd: known[key] for key, fd in fds.items() if key in known}
-            missing = [
-                f"{name}/{index}"
-                for name, index in fds
-                if name in ("vm", "vcpu") and (name, index) not in known
-            ]
-            if missing:
-                raise PeerError(f"the keeper, process {port.pid}, does not have {', '.join(missing)}")
-            port._map_slots(fds[SLOTS_NAME, 0])
-            for (name, index), fd in fds.items():
-                if name == "vcpu":
-                    port.adopt_vcpu(fd, index, fds[GO_NAME, index], fds[DONE_NAME, index])
-        finally:
-            for row in rows:
-                os.close(row.fd)
-        return port
-
-    @staticmethod
-    def peer(sock: socket.socket) -> int:
-        """The pid at the other end of a connected socket."""
-        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+        known = {(row.name, row.id): row.keepers_fd for row in rows}
+        missing = [
+            f"{name}/{index}" for name, index in fds if name in ("vm", "vcpu") and (name, index) not in known
+        ]
+        if missing:
+            raise PeerError(f"the keeper, process {self.pid}, does not have {', '.join(missing)}")
+        self._numbers = {fd: known[key] for key, fd in fds.items() if key in known}
+        self._names = {key: fd for key, fd in fds.items() if key in known}
+        self._map_slots(fds[SLOTS_NAME, 0])
+        for (name, index), fd in fds.items():
+            if name == "vcpu":
+                self._add_runner(fd, index, fds[GO_NAME, index], fds[DONE_NAME, index])
 
     # --- one message ---
 
@@ -163,6 +179,8 @@ class KeeperPort:
         received = array.array("i")
         try:
             with self._lock:
+                if self._broken is not None:
+                    raise PeerError(self._broken)
                 self._sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
                 answer, extra, _, _ = self._sock.recvmsg(
                     keeper.REPLY.size + keeper.PAYLOAD_MAX,
@@ -170,14 +188,17 @@ class KeeperPort:
                     socket.MSG_CMSG_CLOEXEC,
                 )
         except OSError as error:
-            raise PeerError(f"the keeper, process {self.pid}, does not answer: {error}") from error
+            # an answer that comes yet would be taken for that to the next question
+            self._broken = f"the keeper, process {self.pid}, does not answer: {error}"
+            raise PeerError(self._broken) from error
         for level, kind, content in extra:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 received.frombytes(content[: len(content) - len(content) % 4])
         if len(answer) < keeper.REPLY.size:
             for one in received:
                 os.close(one)
-            raise PeerError(f"the keeper, process {self.pid}, has ended and the guest with it")
+            self._broken = f"the keeper, process {self.pid}, has ended"
+            raise PeerError(self._broken)
         result, number, _ = keeper.REPLY.unpack_from(answer)
         return result, number, answer[keeper.REPLY.size :], list(received)
 
@@ -197,7 +218,16 @@ class KeeperPort:
 
     def attach(self) -> None:
         """Be the VMM that the keeper serves. Raises PeerError while another one is attached and alive."""
-        self._do(keeper.OP_ATTACH, "serve two VMMs")
+        deadline = time.monotonic() + ATTACH_TIMEOUT_S
+        while (number := self._ask(keeper.OP_ATTACH)[1]) == errno.EBUSY and time.monotonic() < deadline:
+            time.sleep(NAP_S)
+        if number:
+            raise PeerError(
+                f"the keeper, process {self.pid}, serves another VMM that lives: {os.strerror(number)}"
+            )
+        for runner in self._runners.values():
+            runner.unserved = runner.exit != 0
+            runner.leaving = False
 
     def detach(self) -> None:
         """Be it no more. The guest runs on; its exits wait."""
@@ -208,18 +238,18 @@ class KeeperPort:
         """See `Port.outlives`."""
         return True
 
-    def fd_rows(self) -> list[tuple[str, int, int]]:
-        """See `Port.fd_rows`: the slots, each vCPU's eventfds, and a connection to the keeper for the next
-        VMM.
-
-        The connection is this port's to close; it is made anew at each call.
+    def fd_rows(self, *, offer: bool) -> list[tuple[str, int, int]]:
+        """See `Port.fd_rows`: the slots, each vCPU's eventfds and, on `offer`, a new connection to the keeper
+        for the next VMM. That is this port's to close, until the next offer.
         """
-        if self._offered is not None:
-            self._offered.close()
-        self._offered = self.make_successor()
-        rows = [(KEEPER_NAME, 0, self._offered.fileno()), (SLOTS_NAME, 0, self._slots_fd)]
+        rows = [(SLOTS_NAME, 0, self._slots_fd)]
         for index, (go, done) in self._events.items():
             rows += [(GO_NAME, index, go), (DONE_NAME, index, done)]
+        if offer:
+            if self._offered is not None:
+                self._offered.close()
+            self._offered = self.make_successor()
+            rows.append((KEEPER_NAME, 0, self._offered.fileno()))
         return rows
 
     def make_successor(self) -> socket.socket:
@@ -229,59 +259,93 @@ class KeeperPort:
             self._do(keeper.OP_SUCCESSOR, "take a successor", fds=[theirs.fileno()])
         return ours
 
+    @property
+    def identity(self) -> int:
+        """See `Port.identity`: a random number of the keeper's."""
+        return self._identity
+
+    def live_on(self) -> None:
+        """See `Port.live_on`: for the time that `start` was told."""
+        self.set_orphan_timeout(self._orphan_timeout_s)
+
     def set_orphan_timeout(self, seconds: float) -> None:
-        """How long the keeper, and the guest with it, lives without a VMM; 0: for ever."""
+        """How long the keeper, and the guest with it, lives once no VMM is connected; 0: for ever."""
         self._do(keeper.OP_ORPHAN, "take a timeout", arguments=[round(seconds * 1000)])
+
+    @property
+    def lifeline(self) -> int:
+        """See `Port.lifeline`: a pidfd of the keeper."""
+        return self._life
+
+    def lost(self) -> None:
+        """See `Port.lost`."""
+        self._broken = f"the keeper, process {self.pid}, has ended"
+        for runner in self._runners.values():
+            os.eventfd_write(runner.done, 1)
 
     def close(self, *, for_good: bool = False) -> None:
         """Close the connection, which the keeper takes as a detach, or end the keeper, and the guest with
-        it.
+        it. Idempotent.
         """
-        if for_good:
-            self._do(keeper.OP_QUIT, "end")
+        if for_good and self._broken is None and self._sock.fileno() >= 0:
+            try:
+                self._do(keeper.OP_QUIT, "end")
+            except PeerError:
+                if self._broken is None:
+                    raise  # it lives
         self._runners.clear()
-        for pair in self._events.values():
-            for fd in pair:
-                os.close(fd)
+        fds = [self._life, self._slots_fd, *(fd for pair in self._events.values() for fd in pair)]
         self._events.clear()
-        if self._slots_fd >= 0:
-            os.close(self._slots_fd)
-            self._slots_fd = -1
+        self._life = self._slots_fd = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
         if self._offered is not None:
             self._offered.close()
         self._sock.close()
 
     def store(self, name: str, index: int, fd: int) -> None:
         """Have the keeper hold a copy of `fd` under that name, for whoever attaches after this process."""
-        known = self._numbers.get(fd)
-        packed = keeper.NAME.pack(name.encode(), index, 0)
-        if known is not None:
-            self._do(keeper.OP_STORE, f"hold {name}/{index}", fd=known, payload=packed)
-            return
-        _, payload, _ = self._do(keeper.OP_STORE, f"hold {name}/{index}", payload=packed, fds=[fd])
+        payload = keeper.NAME.pack(name.encode(), index, 0)
+        _, payload, _ = self._do(keeper.OP_STORE, f"hold {name}/{index}", payload=payload, fds=[fd])
         self._numbers[fd] = int.from_bytes(payload, sys.byteorder)
+        self._names[name, index] = fd
+
+    def _name(self, name: str, index: int, fd: int) -> None:
+        """Give a name to what the keeper has made."""
+        payload = keeper.NAME.pack(name.encode(), index, 0)
+        self._do(keeper.OP_STORE, f"name {name}/{index}", fd=self._number(fd), payload=payload)
+        self._names[name, index] = fd
 
     def drop(self, name: str, index: int) -> None:
         """Have the keeper close its copy."""
         self._do(keeper.OP_DROP, f"drop {name}/{index}", payload=keeper.NAME.pack(name.encode(), index, 0))
+        fd = self._names.pop((name, index))
+        if fd not in self._names.values():
+            self._numbers.pop(fd, None)  # the next fd that this process opens may have the number
 
     def table(self) -> list[HeldFd]:
         """Everything the keeper holds under a name, with new copies of the fds for this process."""
         rows: list[HeldFd] = []
-        while True:
-            total, payload, fds = self._do(keeper.OP_TABLE, "say what it holds", arguments=[len(rows)])
-            for at, fd in enumerate(fds):
-                name, index, number = keeper.NAME.unpack_from(payload, at * keeper.NAME.size)
-                rows.append(HeldFd(name.rstrip(b"\0").decode(), index, number, fd))
-            if len(rows) >= total or not fds:
-                return rows
+        try:
+            while True:
+                total, payload, fds = self._do(keeper.OP_TABLE, "say what it holds", arguments=[len(rows)])
+                for at, fd in enumerate(fds):
+                    name, index, number = keeper.NAME.unpack_from(payload, at * keeper.NAME.size)
+                    rows.append(HeldFd(name.rstrip(b"\0").decode(), index, number, fd))
+                if len(rows) >= total or not fds:
+                    return rows
+        except BaseException:
+            for row in rows:
+                os.close(row.fd)
+            raise
 
     # --- Port ---
 
     def admit(self, fd: int) -> None:
         """Have the keeper hold a copy of `fd`, which calls will name."""
         if fd not in self._numbers:
-            self.store("kvm", 0, fd)
+            self.store("kvm", next(index for index in count() if ("kvm", index) not in self._names), fd)
 
     def ioctl(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
         """See `Port.ioctl`."""
@@ -292,7 +356,7 @@ class KeeperPort:
         _, payload, fds = self._ioctl(keeper.OP_CREATE, fd, request, arg)
         self._numbers[fds[0]] = int.from_bytes(payload, sys.byteorder)
         if request is abi.KVM_CREATE_VM:
-            self.store("vm", 0, fds[0])
+            self._name("vm", 0, fds[0])
         return fds[0]
 
     def _ioctl(self, op: int, fd: int, request: Ioctl, arg: Argument) -> tuple[int, bytes, list[int]]:
@@ -313,8 +377,8 @@ class KeeperPort:
         copy = type(arg).from_buffer_copy(arg)
         for name in request.fds:
             fd = getattr(copy, name)
-            if fd in self._numbers:
-                setattr(copy, name, self._numbers[fd])
+            if name == request.fds[0] or fd in self._numbers:  # the others may be unused
+                setattr(copy, name, self._number(fd))
         return bytes(copy)
 
     def _attribute(self, fd: int, request: Ioctl, group: int, attr: int, value: int) -> int:
@@ -337,8 +401,10 @@ class KeeperPort:
         """See `Port.has_attr`."""
         try:
             self._attribute(fd, abi.KVM_HAS_DEVICE_ATTR, group, attr, 0)
-        except OSError:
-            return False
+        except IoctlError as error:
+            if error.errno in (errno.ENXIO, errno.ENOTTY):
+                return False
+            raise
         return True
 
     def set_user_memory(
@@ -346,6 +412,8 @@ class KeeperPort:
     ) -> None:
         """See `Port.set_user_memory`; the keeper maps the memfd in its own address space."""
         if memfd not in self._numbers:
+            if ("memory", slot) in self._names:
+                self.drop("memory", slot)
             self.store("memory", slot, memfd)
         payload = self._number(memfd).to_bytes(4, sys.byteorder) + b"\xff" * 4 + bytes(8)
         _, number, _, _ = self._ask(
@@ -366,14 +434,13 @@ class KeeperPort:
 
     def start_vcpu(self, vcpu_fd: int, index: int) -> None:
         """See `Port.start_vcpu`: the keeper starts the thread, which waits for the first `run`."""
-        self.store("vcpu", index, vcpu_fd)
+        self._name("vcpu", index, vcpu_fd)
         _, _, (go, done) = self._do(
             keeper.OP_VCPU, f"run vCPU {index}", fd=self._number(vcpu_fd), arguments=[index]
         )
-        self.adopt_vcpu(vcpu_fd, index, go, done)
+        self._add_runner(vcpu_fd, index, go, done)
 
-    def adopt_vcpu(self, vcpu_fd: int, index: int, go: int, done: int) -> None:
-        """Go on with a vCPU that another VMM started, on this process's copies of its eventfds."""
+    def _add_runner(self, vcpu_fd: int, index: int, go: int, done: int) -> None:
         self._events[index] = go, done
         self._runners[vcpu_fd] = _Runner(self._slots(), index, go, done)
 
@@ -404,6 +471,8 @@ class KeeperPort:
         while words[keeper.CALLED] != words[keeper.RETURNED]:
             if runner.leaving:
                 return False
+            if self._broken is not None:
+                raise PeerError(self._broken)
             os.eventfd_read(runner.done)
         result = words[keeper.RESULT]
         if result == 0:
@@ -415,7 +484,8 @@ class KeeperPort:
 
     def kick(self, vcpu_fd: int) -> None:
         """See `Port.kick`."""
-        self._do(keeper.OP_KICK, "kick a vCPU", arguments=[self._runners[vcpu_fd].slot])
+        if self._broken is None:  # else `run` raises by itself
+            self._do(keeper.OP_KICK, "kick a vCPU", arguments=[self._runners[vcpu_fd].slot])
 
     def leave(self, vcpu_fd: int) -> None:
         """See `Port.leave`."""
@@ -432,6 +502,4 @@ class KeeperPort:
 
     def pending_exit(self, vcpu_fd: int) -> int:
         """See `Port.pending_exit`."""
-        words = self._runners[vcpu_fd].words
-        called, returned, result = words[keeper.CALLED], words[keeper.RETURNED], words[keeper.RESULT]
-        return int(returned) if called == returned and result == 0 else 0
+        return self._runners[vcpu_fd].exit

@@ -125,11 +125,15 @@ class Port(Protocol):
         ...
 
     def leave(self, vcpu_fd: int) -> None:
-        """As `kick`, but where the vCPU can run without this process it is not stopped. From any thread."""
+        """Make `run` return False until `go_on`, without stopping a vCPU that can run without this process.
+        From any thread.
+        """
         ...
 
     def go_on(self, vcpu_fd: int) -> None:
-        """After `leave`, on the vCPU's thread: let it run on without this process, its last exit served."""
+        """After `leave`, once `run` has returned: let the vCPU run on without this process, its last exit
+        served.
+        """
         ...
 
     def pending_exit(self, vcpu_fd: int) -> int:
@@ -151,12 +155,36 @@ class Port(Protocol):
         """Be it no more."""
         ...
 
-    def close(self, *, for_good: bool) -> None:
-        """Use the port no more; with `for_good`, end what lives on without this process."""
+    @property
+    def identity(self) -> int:
+        """A number that tells what the VM lives in from all else that a VM ever lived in; 0 for a process
+        that drives its own.
+        """
         ...
 
-    def fd_rows(self) -> list[tuple[str, int, int]]:
-        """`(name, id, fd)` of what the next process needs to reach the VM through this port."""
+    def live_on(self) -> None:
+        """From here on the VM is worth keeping: where it can, it lives on without this process."""
+        ...
+
+    @property
+    def lifeline(self) -> int | None:
+        """An fd that is readable once the VM has ended without this process's doing; None where that cannot
+        be.
+        """
+        ...
+
+    def lost(self) -> None:
+        """The lifeline says so: make every `run` raise, and every call but `close`."""
+        ...
+
+    def close(self, *, for_good: bool) -> None:
+        """Use the port no more; with `for_good`, end what lives on without this process. Idempotent."""
+        ...
+
+    def fd_rows(self, *, offer: bool) -> list[tuple[str, int, int]]:
+        """`(name, id, fd)` of what this port drives the VM with and, on `offer`, of what the next process
+        needs to reach it.
+        """
         ...
 
 
@@ -286,8 +314,22 @@ class DirectPort:
     def detach(self) -> None:
         """Nothing to do: no other process can drive this VM."""
 
+    @property
+    def identity(self) -> int:
+        return 0
+
+    def live_on(self) -> None:
+        """Nothing to do: it cannot."""
+
+    @property
+    def lifeline(self) -> None:
+        return None
+
+    def lost(self) -> None:
+        """Never called: there is no lifeline."""
+
     def close(self, *, for_good: bool) -> None:
         """Nothing to do."""
 
-    def fd_rows(self) -> list[tuple[str, int, int]]:
+    def fd_rows(self, *, offer: bool) -> list[tuple[str, int, int]]:
         return []

@@ -37,7 +37,7 @@ from vmm.kvm import Port, Vcpu, Vm, abi
 from vmm.machine.config import MachineConfig, keep_config
 from vmm.machine.hypervisor import Hypervisor, Origin
 from vmm.machine.irqfd import GsiRoutes, IrqFds
-from vmm.machine.journal import ExitJournal
+from vmm.machine.journal import Journal, JournaledReactor
 from vmm.machine.runstate import RunState, check_transition
 from vmm.machine.vcpu_thread import VcpuThread
 from vmm.memory import GuestMemory, layout
@@ -69,7 +69,7 @@ class MachineListener(Protocol):
         """The guest cannot go on."""
 
     def reset_requested(self) -> None:
-        """The guest asked for a reset; `Machine.reset` is to be called on the main thread."""
+        """The guest asked for a reset; `Machine.reset_if_due` is to be called on the main thread."""
 
     def failed(self, error: BaseException) -> None:
         """A thread of the machine met an error of the VMM's own."""
@@ -85,7 +85,15 @@ class MachineState(ctypes.LittleEndianStructure):
         ("exit_status", ctypes.c_uint32),
         ("resets", ctypes.c_uint32),
         ("paused", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("home", ctypes.c_uint64),  # what the VM lives in: see `Port.identity`
     )
+
+
+def home_of(arena: Arena) -> int:
+    """`Port.identity` of what the guest's VM lives in."""
+    home: int = arena.place("machine", 0, MachineState).home
+    return home
 
 
 class _KernelIrqLine:
@@ -234,7 +242,7 @@ class Machine:
     # --- building ---
 
     def _thread(self, vcpu: Vcpu, may_run: Callable[[], bool]) -> VcpuThread:
-        journal = ExitJournal(self.arena, vcpu.index) if self.hypervisor.port.outlives else None
+        journal = Journal(self.arena, "journal", vcpu.index) if self.hypervisor.port.outlives else None
         return VcpuThread(vcpu, self.pio, self.mmio, self, may_run, journal, self._turn)
 
     def _irq(self, gsi: int) -> IrqLine:
@@ -243,9 +251,14 @@ class Machine:
         )
 
     def _build_devices(self, reactor: Reactor) -> None:
+        state = self.arena.place("serial", 0, SerialState)
+        self._console_steps: JournaledReactor | None = None
+        if self.hypervisor.port.outlives:
+            journal = Journal(self.arena, "journal-console", 0)
+            reactor = self._console_steps = JournaledReactor(reactor, self._turn, journal, state)
         self.chardev = open_chardev(parse_serial(self.config.serial), self.fds, self.arena, reactor)
         self.serial = Serial(self.arena, self._irq(COM1_IRQ), self.chardev)
-        self.pio.attach(COM1_PORT, 8, self.serial, "serial", self.arena.place("serial", 0, SerialState))
+        self.pio.attach(COM1_PORT, 8, self.serial, "serial", state)
         self.pio.attach(DEBUG_EXIT_PORT, 4, DebugExit(self._debug_exit), "debug-exit")
         self.pio.attach(I8042_PORT, 5, I8042(self.guest_reset), "i8042")
         reset_control = ResetControl(self.arena, self.guest_reset)
@@ -258,9 +271,9 @@ class Machine:
         )
         self.pio.attach(POWER_OFF_PORT, 2, PowerOff(self._power_off), "power-off")
         if self.config.testdev:
-            device, state = TestDevice(self.arena), self.arena.place("testdev", 0, TestState)
-            self.pio.attach(TESTDEV_PORT, TESTDEV_PORTS, device.ports, "testdev", state)
-            self.mmio.attach(TESTDEV_PAGE, TESTDEV_PAGE_SIZE, device.registers, "testdev", state)
+            device, counts = TestDevice(self.arena), self.arena.place("testdev", 0, TestState)
+            self.pio.attach(TESTDEV_PORT, TESTDEV_PORTS, device.ports, "testdev", counts)
+            self.mmio.attach(TESTDEV_PAGE, TESTDEV_PAGE_SIZE, device.registers, "testdev", counts)
 
     def _boot(self, image: Image, *, again: bool = False) -> None:
         """Put the image and the boot protocol's tables into RAM and the first vCPU at its entry."""
@@ -288,6 +301,13 @@ class Machine:
         vcpu.set_sregs(sregs)
         vcpu.set_regs(regs)
 
+    def _console_step(self, call: Callable[[], None]) -> None:
+        """`call`, which may change the UART's state, in turn with the vCPUs."""
+        if self._console_steps is None:
+            call()
+        else:
+            self._console_steps.step(call)
+
     # --- the main thread's calls ---
 
     @property
@@ -306,8 +326,14 @@ class Machine:
     def start(self, *, paused: bool = False) -> None:
         """Run a new machine for the first time, or leave it `paused`."""
         with self._lock:
-            self.chardev.start()
+            self._console_step(self.chardev.start)
+            self._settle_in()
             self._go(RunState.PAUSED if paused else RunState.RUNNING)
+
+    def _settle_in(self) -> None:
+        """From here on the guest lives in this VM, and nowhere else."""
+        self.state.home = self.hypervisor.port.identity
+        self.hypervisor.port.live_on()
 
     def _go(self, to: RunState) -> None:
         """Enter `to`; where that is RUNNING, let the vCPUs go (a reset asked for earlier is done first)."""
@@ -335,12 +361,20 @@ class Machine:
             elif self.run_state is not RunState.RUNNING:
                 raise VmmError(f"the guest cannot run: run state is {self.run_state.value}")
 
-    def reset(self) -> None:
-        """Start the guest afresh from its image, RAM otherwise kept. In the middle of a handover the next VMM
-        does it.
+    def reset(self) -> bool:
+        """Start the guest afresh from its image, RAM otherwise kept. Whether it was done: in the middle of a
+        handover the next VMM does it.
         """
         with self._lock:
             self.state.reset_pending = 1
+            return self.reset_if_due()
+
+    def reset_if_due(self) -> bool:
+        """As `reset`, where the guest has asked for it and nobody has done it yet. Whether it was done."""
+        with self._lock:
+            due = bool(self.state.reset_pending)
+            if not due:
+                return False
             if self.run_state is RunState.RUNNING:
                 self._pause_vcpus(None)
                 self._reset_stopped()
@@ -348,6 +382,7 @@ class Machine:
                     thread.resume()
             elif self.run_state is RunState.PAUSED:
                 self._reset_stopped()
+            return not self.state.reset_pending
 
     def _reset_stopped(self) -> None:
         image = load_kernel(self.config, self.fds)
@@ -397,6 +432,8 @@ class Machine:
         with self._lock:
             for thread in self.threads:
                 thread.finish()
+            if not for_good and self.run_state not in (RunState.INMIGRATE, RunState.POSTMIGRATE):
+                self.chardev.freeze()  # it is the next VMM's to tidy up
             self.chardev.close()
             self.hypervisor.close(for_good=for_good)
 
@@ -446,7 +483,7 @@ class Machine:
                 self.tracer.mark("pause")
                 self.chardev.freeze()  # first: from here on nothing but a vCPU moves an interrupt line
                 if keep_running:
-                    self._let_vcpus_go()
+                    self._leave_vcpus(was is RunState.RUNNING)
                 else:
                     self._save()
                 self.tracer.mark("vcpus-saved")
@@ -475,9 +512,21 @@ class Machine:
 
         self._pause_vcpus(save)
 
-    def _let_vcpus_go(self) -> None:
+    def _leave_vcpus(self, running: bool) -> None:
+        """Serve the vCPUs no more; let them run on where they run, but not past the guest's end."""
         for thread in self.threads:
             thread.leave()
+
+        def go_on(index: int) -> None:
+            if running and not self.state.ended and not self.state.reset_pending:
+                self.threads[index].vcpu.go_on()
+
+        self._on_vcpus(go_on, STOP_TIMEOUT_S)
+
+    def _gather(self) -> None:
+        """Stop those vCPUs that run, though nobody serves them."""
+        for thread in self.threads:
+            thread.halt()
         self._on_vcpus(None, STOP_TIMEOUT_S)
 
     def roll_back(self) -> None:
@@ -485,7 +534,9 @@ class Machine:
         with self._lock:
             if self._keeps_running:
                 self.hypervisor.port.attach()
-            self.chardev.thaw()
+                if self.state.reset_pending:
+                    self._gather()
+            self._console_step(self.chardev.thaw)
             if self.state.ended:
                 self._enter(RunState.SHUTDOWN)
             else:
@@ -518,15 +569,34 @@ class Machine:
         """
         with self._lock:
             if self.hypervisor.origin is Origin.ADOPTED:
-                self.hypervisor.port.attach()
-            if after_crash:
+                self._take_over(after_crash=after_crash)
+            else:
                 for thread in self.threads:
-                    thread.recover()
-                state = self.arena.place("serial", 0, SerialState)
-                self._irq(COM1_IRQ).set(bool(state.irq_level))  # it may not have come to that
-            self._go(RunState.RUNNING if running else RunState.PAUSED)
+                    thread.begin_anew()
+                self._settle_in()
+            if after_crash and self.state.ended:
+                self._enter(RunState.PAUSED)
+                self._listener.guest_exited(self.state.exit_status, "guest-shutdown")
+            else:
+                self._go(RunState.RUNNING if running else RunState.PAUSED)
             self.tracer.mark("resumed")
-            self.chardev.start()
+            self._console_step(self.chardev.start)
+
+    def _take_over(self, *, after_crash: bool) -> None:
+        """Drive the very VM that another VMM drove."""
+        port = self.hypervisor.port
+        port.attach()
+        if port.outlives:
+            self.fds.vault = port
+        for thread in self.threads:
+            thread.recover()
+        if self._console_steps is not None:
+            self._console_steps.recover()
+        if after_crash:
+            state = self.arena.place("serial", 0, SerialState)
+            self._irq(COM1_IRQ).set(bool(state.irq_level))  # it may not have come to that
+        if self.state.reset_pending:
+            self._gather()
 
     def hold_fds(self) -> None:
         """From here on no fd is opened or closed: what `fd_table` says stays true until `roll_back` or
@@ -539,10 +609,13 @@ class Machine:
         """Undo `hold_fds`, where the handover ended before the guest was stopped."""
         self.chardev.thaw()
 
-    def fd_table(self) -> list[tuple[str, int, int]]:
-        """Every fd of the machine, the KVM ones included, as `(name, id, fd)`."""
+    def fd_table(self, *, offer: bool = False) -> list[tuple[str, int, int]]:
+        """Every fd of the machine, the KVM ones included, as `(name, id, fd)`; on `offer`, with what the next
+        VMM needs to drive the same VM.
+        """
         vcpus = [("vcpu", vcpu.index, vcpu.fd) for vcpu in self.hypervisor.vcpus]
-        return [*self.fds.items(), ("vm", 0, self.hypervisor.vm.fd), *vcpus, *self.hypervisor.port.fd_rows()]
+        rows = self.hypervisor.port.fd_rows(offer=offer)
+        return [*self.fds.items(), ("vm", 0, self.hypervisor.vm.fd), *vcpus, *rows]
 
     def guest_clock(self) -> dict[str, int]:
         """One moment on three clocks: CLOCK_MONOTONIC ns, guest TSC cycles, and how far apart the readings

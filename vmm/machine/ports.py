@@ -8,22 +8,25 @@ import os
 import socket
 
 from vmm.errors import StateError
-from vmm.fds import FdStore
+from vmm.fds import FdStore, check_received
 from vmm.kvm import DirectPort, Port
-from vmm.kvm.keeper_port import KEEPER_NAME, KeeperPort
+from vmm.kvm.keeper_port import KEEPER_NAME, HeldFd, KeeperPort
 from vmm.sockets import listen
 
 __all__ = [
     "Port",
     "adopt_from_keeper",
     "direct_port",
+    "end_stale_keeper",
     "find_keeper",
     "has_keeper",
+    "retire_keeper",
     "start_keeper",
-    "tidy_path",
+    "take_keeper",
 ]
 
 UNREACHABLE_S = 2.0  # how long a keeper waits for a VMM where none could ever find it
+AT_ONCE_S = 0.001
 
 
 def direct_port() -> Port:
@@ -32,18 +35,15 @@ def direct_port() -> Port:
 
 
 def start_keeper(path: str | None, orphan_timeout_s: float) -> Port:
-    """A new keeper, attached to this process; at `path` VMMs that come after a crash find it.
+    """A new keeper, attached to this process; at `path`, if any, VMMs that come after a crash find it.
 
-    It ends, with the guest, after `orphan_timeout_s` without a VMM (0: never). Raises ConfigError, HostError.
+    Once told to live on, it ends with the guest `orphan_timeout_s` after the last VMM (0: never). Raises
+    ConfigError, HostError.
     """
     if path is None:
-        port = KeeperPort.start()
-        port.set_orphan_timeout(UNREACHABLE_S)
-        return port
+        return KeeperPort.start(None, UNREACHABLE_S)
     with listen(path, "keeper", socket.SOCK_SEQPACKET) as listener:
-        port = KeeperPort.start(listener)
-    port.set_orphan_timeout(orphan_timeout_s)
-    return port
+        return KeeperPort.start(listener, orphan_timeout_s)
 
 
 def has_keeper(fds: FdStore) -> bool:
@@ -51,40 +51,73 @@ def has_keeper(fds: FdStore) -> bool:
     return fds.find(KEEPER_NAME) is not None
 
 
+def take_keeper(fds: FdStore) -> socket.socket | None:
+    """The connection to the VM's keeper out of the received fds; None where there is none."""
+    fd = fds.take(KEEPER_NAME)
+    return None if fd is None else socket.socket(fileno=fd)
+
+
 def adopt_from_keeper(fds: FdStore) -> Port:
     """The way to a VM whose keeper's connection is among the received fds; `attach` when the guest is
     ours.
+
+    Raises StateError, PeerError.
     """
-    fd = fds.take(KEEPER_NAME)
-    if fd is None:
+    sock = take_keeper(fds)
+    if sock is None:
         raise StateError(f"fd {KEEPER_NAME}/0 is missing from the fd table")
-    return _adopt(socket.socket(fileno=fd), fds)
+    port = KeeperPort(sock)
+    rows = port.table()
+    try:
+        _take_over(port, rows, fds)
+    finally:
+        for row in rows:
+            os.close(row.fd)
+    return port
 
 
 def find_keeper(path: str, fds: FdStore) -> Port:
     """The way to the VM of the keeper that listens at `path`, whose VMM is gone; `fds` gets all that it
     holds.
 
-    Raises PeerError where no keeper answers.
+    Raises PeerError where no keeper answers, StateError for an fd that is not what its name says.
     """
     port = KeeperPort.connect(path)
-    for row in port.table():
+    rows = port.table()
+    for row in rows:
         fds.add(row.name, row.id, row.fd)
-    port.close()
-    return _adopt(KeeperPort.connect_socket(path), fds)
-
-
-def _adopt(sock: socket.socket, fds: FdStore) -> Port:
-    port = KeeperPort.adopt(sock, {(name, index): fd for name, index, fd in fds.items()})
-    for name, index, _ in list(fds.items()):
-        if name in KeeperPort.OWN_NAMES:
-            fds.take(name, index)  # the port closes them
+    for row in rows:
+        check_received(row.name, row.id, row.fd)
+    _take_over(port, rows, fds)
     return port
 
 
-def tidy_path(path: str) -> None:
-    """Remove the file of a keeper's socket, once the keeper has ended."""
+def _take_over(port: KeeperPort, rows: list[HeldFd], fds: FdStore) -> None:
+    """`port` drives the VM that is in `fds`, and owns those fds that are its own."""
     try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return  # it never listened there, or somebody was faster
+        port.take_over(rows, {(name, index): fd for name, index, fd in fds.items()})
+    except BaseException:
+        port.close()
+        raise
+    for name, index, _ in list(fds.items()):
+        if name in KeeperPort.OWN_NAMES:
+            fds.take(name, index)
+
+
+def retire_keeper(sock: socket.socket) -> None:
+    """Have the keeper at the other end of a connection, which came with the fds of a VM that nobody needs any
+    more, end once no VMM is connected to it. Raises PeerError where it does not answer.
+    """
+    port = KeeperPort(sock)
+    try:
+        port.set_orphan_timeout(AT_ONCE_S)
+    finally:
+        port.close()
+
+
+def end_stale_keeper(port: Port) -> None:
+    """End a keeper that `find_keeper` has found, whose VM the guest has left. Raises PeerError where it has a
+    VMM.
+    """
+    port.attach()
+    port.close(for_good=True)

@@ -3,6 +3,7 @@ reaches it as a job.
 
     jobs:   run -> [pause + kick] -> save -> run            the old VMM, a handover that failed
             load -> run                                     the new VMM
+            run -> [leave] -> go on                         a VMM whose vCPUs can run without it
 
 A kick is a signal that is blocked in every thread and let through only while KVM_RUN runs
 (KVM_SET_SIGNAL_MASK), so no handler ever runs and a kick that comes early stays pending and ends the next
@@ -14,9 +15,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from ctypes import Structure
 from enum import IntEnum
 from queue import SimpleQueue
 from typing import Protocol
@@ -24,7 +24,7 @@ from typing import Protocol
 from vmm.bus import Bus
 from vmm.errors import GuestCrash, VmmError
 from vmm.kvm import Exit, InternalError, SystemEvent, Vcpu, abi
-from vmm.machine.journal import ExitJournal
+from vmm.machine.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class VcpuThread:
         mmio: Bus,
         sink: ExitSink,
         may_run: Callable[[], bool],
-        journal: ExitJournal | None,
+        journal: Journal | None,
         turn: AbstractContextManager[object],
     ) -> None:
         """`turn` is held while an exit is served; with a `journal` it must let one vCPU at a time."""
@@ -110,8 +110,17 @@ class VcpuThread:
         self._stop = True
         self.kick()
 
+    def halt(self) -> None:
+        """Stop a vCPU that may run without this process, the exit that it may wait with served. Does not
+        wait.
+        """
+        self._leaving = False
+        self._running = self._stop = True
+        self._jobs.put(self._run)
+        self.kick()
+
     def leave(self) -> None:
-        """End the run job without stopping the vCPU, which runs on until it needs a VMM. Does not wait."""
+        """End the run job without stopping the vCPU; does not wait. `go_on` is a job of its own, after it."""
         self._leaving = self._stop = True
         if self._running:
             self.vcpu.leave()
@@ -163,8 +172,6 @@ class VcpuThread:
                 with turn:
                     handlers.get(page.exit_reason, self._on_unknown)()
         if self._leaving:
-            self._leaving = False
-            vcpu.go_on()
             return
         vcpu.immediate_exit = True
         try:
@@ -174,12 +181,14 @@ class VcpuThread:
         finally:
             vcpu.immediate_exit = False
 
-    def _begin(self, device_state: Structure | None) -> None:
-        """The exit at hand is about to change a device; should this process be killed, the next can undo
-        it.
+    def _steps(self, bus: Bus, address: int, count: int) -> Iterable[int]:
+        """Which of the `count` accesses of the exit at hand are still to be made; each is journaled that
+        changes a device's state.
         """
-        if device_state is not None and self._journal is not None:
-            self._journal.begin(self.vcpu.pending_exit, device_state)
+        state = None if self._journal is None else bus.state_at(address)
+        if self._journal is None or state is None:
+            return range(count)
+        return self._journal.steps(self.vcpu.pending_exit, count, state)
 
     def settle(self) -> None:
         """On this thread, between two run jobs: enter KVM_RUN and leave it at once. No instruction is
@@ -190,37 +199,35 @@ class VcpuThread:
             raise VmmError(f"vCPU {self.index}: KVM_RUN gave an exit where it was only to be left at once")
 
     def recover(self) -> None:
-        """Undo what a VMM that is gone had done of an exit that is still to be served. Before the first
-        run.
-        """
+        """Undo what a VMM that is gone had begun and not ended. Before the first run, the VM being ours."""
+        self.vcpu.immediate_exit = False
         if self._journal is not None and self._journal.recover(self.vcpu.pending_exit):
             log.info("vCPU %d: an exit that was being served will be served again", self.index)
+
+    def begin_anew(self) -> None:
+        """The VM is a new one, and so are the numbers of its exits. Before the first run."""
+        if self._journal is not None:
+            self._journal.clear()
 
     def _on_io(self) -> None:
         io = self.vcpu.run_page.io
         size, port, pio = io.size, io.port, self._pio
-        if self._journal is not None:
-            self._begin(pio.state_at(port))
         data = self.vcpu.io_data(io.data_offset, size * io.count)
         if io.direction == abi.KVM_EXIT_IO_OUT:
-            if io.count == 1:
-                pio.write(port, bytes(data))
-            else:
-                for at in range(0, len(data), size):
-                    pio.write(port, bytes(data[at : at + size]))
+            for step in self._steps(pio, port, io.count):
+                pio.write(port, bytes(data[step * size : step * size + size]))
         else:
-            for at in range(0, len(data), size):
-                data[at : at + size] = pio.read(port, size)
+            for step in self._steps(pio, port, io.count):
+                data[step * size : step * size + size] = pio.read(port, size)
 
     def _on_mmio(self) -> None:
         mmio = self.vcpu.run_page.mmio
-        length = mmio.len
-        if self._journal is not None:
-            self._begin(self._mmio.state_at(mmio.phys_addr))
-        if mmio.is_write:
-            self._mmio.write(mmio.phys_addr, bytes(mmio.data[:length]))
-        else:
-            mmio.data[:length] = self._mmio.read(mmio.phys_addr, length)
+        length, address = mmio.len, mmio.phys_addr
+        for _ in self._steps(self._mmio, address, 1):
+            if mmio.is_write:
+                self._mmio.write(address, bytes(mmio.data[:length]))
+            else:
+                mmio.data[:length] = self._mmio.read(address, length)
 
     def _on_halt(self) -> None:
         # Only without an in-kernel LAPIC does HLT reach user space; then nothing can ever wake this vCPU.

@@ -139,8 +139,8 @@ class Stage:
             os.close(fd)
         for sock in [*self.keeper._clients.values(), *self.vmms]:
             sock.close()
-        for mapping in self.keeper._mappings:
-            assert not mapping.closed
+        for mapped in self.keeper._mappings.values():
+            assert not mapped.mapping.closed
         for named in self.keeper._names.values():
             assert named in self.keeper._held, f"fd {named} has a name and is not held"
         self.keeper._operations.clear()  # a cycle, which would keep the slots mapped

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vmm.boot.image import Image
@@ -43,7 +44,6 @@ from vmm.machine.ports import (
     retire_keeper,
     start_keeper,
     take_keeper,
-    tidy_path,
 )
 from vmm.machine.probe import WORKS, drop_old_vm, probe_received_vm
 from vmm.machine.runstate import RunState
@@ -229,7 +229,7 @@ class VmmProcess:
             self._spare.close(for_good=True)
             self._spare = None
             if self._options.keeper_path is not None:
-                tidy_path(self._options.keeper_path)
+                Path(self._options.keeper_path).unlink(missing_ok=True)
 
     def _confine(self) -> None:
         """Give up what is not needed from here on: nothing of a guest's or a peer's is read before this."""

@@ -7,16 +7,19 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vmm attach`."""
+    from vmm.cli.run import add_sandbox_option
+
     parser.add_argument("name", metavar="NAME", help="the VM's name")
     parser.add_argument(
         "--qmp", action="append", default=[], metavar="unix:PATH", help="a further control socket"
     )
+    add_sandbox_option(parser)
     parser.add_argument("--verbose", "-v", action="count", default=0, help="more in the log; twice for all")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Take the guest over and serve it to its end; returns the exit status."""
-    from vmm.cli.run import qmp_path, start_logging
+    from vmm.cli.run import qmp_path, sandbox_mode, start_logging
     from vmm.cli.rundir import RunDir
     from vmm.errors import UsageError
     from vmm.process import Options, VmmProcess
@@ -38,5 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         qmp_paths=tuple(paths),
         owned=directory.claim,
         disowned=directory.disclaim,
+        sandbox=sandbox_mode(arguments.sandbox),
+        grants=directory.grants(),
     )
     return VmmProcess(options).run()

@@ -7,9 +7,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from vmm.sandbox import Mode
 
 LOG_FORMAT = "%(asctime)s.%(msecs)03d vmm[%(process)d] %(levelname)s %(message)s"
 
@@ -78,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="always: start a fresh VMM whenever the guest has lost its own (needs --name)",
     )
     process.add_argument("--paused", "-S", action="store_true", help="do not start the guest until 'cont'")
+    add_sandbox_option(process)
     process.add_argument("--verbose", "-v", action="count", default=0, help="more in the log; twice for all")
 
 
@@ -136,6 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
         method=arguments.handover,
         keeper=keeper,
         orphan_timeout_s=orphan_timeout_s,
+        sandbox=sandbox_mode(arguments.sandbox),
     )
     if "name" in values:
         directory = RunDir(values["name"]).make()
@@ -148,6 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
             return Supervisor(directory).run([*sys.argv[2:], "--restart=never", "--keeper"])
         paths.append(str(directory.own_qmp()))
         options.owned, options.disowned = directory.claim, directory.disclaim
+        options.grants = directory.grants()
         if keeper:
             options.keeper_path = str(directory.own_keeper())
         if values.get("serial") == "unix":
@@ -158,6 +164,27 @@ def run(arguments: argparse.Namespace) -> int:
     if incoming is None:
         options.config = from_mapping(values, "configuration")
     return VmmProcess(options).run()
+
+
+def add_sandbox_option(parser: argparse._ActionsContainer) -> None:
+    """The option that `sandbox_mode` reads."""
+    parser.add_argument(
+        "--sandbox",
+        choices=("on", "log", "off"),
+        help="give up what is not needed once set up; log: a system call beyond the profile goes to the "
+        "kernel's log and does not end the process (default: $VMM_SANDBOX, else on)",
+    )
+
+
+def sandbox_mode(given: str | None) -> Mode:
+    """How this process confines itself. Raises UsageError."""
+    from vmm.sandbox import Mode
+
+    text = given or os.environ.get("VMM_SANDBOX") or Mode.ON.value
+    try:
+        return Mode(text)
+    except ValueError:
+        raise UsageError(f"VMM_SANDBOX is {text!r}; it takes on, log or off") from None
 
 
 def start_logging(verbose: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vmm.errors import ConfigError, HostError, UsageError
 from vmm.machine.names import check_name
+from vmm.sandbox import Access, Grant
 
 
 def base() -> Path:
@@ -104,6 +105,13 @@ class RunDir:
             path.unlink(missing_ok=True)
         if left:
             self.remove_if_empty()
+
+    def grants(self) -> tuple[Grant, ...]:
+        """What a VMM of this VM does in its directory, once it is confined."""
+        return (
+            Grant(str(self.path), Access.LINKS),
+            Grant(str(self.path.parent), Access.REMOVE_DIR),
+        )
 
     def claim(self) -> None:
         """Make this process's monitor the VM's monitor, and its keeper, if it started one, the VM's keeper;

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from vmm.kvm import System
+
+HOST_DEVICES: Final = ("/dev/kvm",)  # what a machine opens by its path
 
 
 def kvm_api_version() -> int:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from elftools.elf.elffile import ELFFile
@@ -74,9 +75,10 @@ class RunningGuest:
     """`stopped` lets a test change vCPUs, VM, memory and devices; `held` keeps vCPUs from going on."""
 
     def __init__(
-        self, name: str, append: str, *, cpus: int = 1, memory: int = 64 << 20, testdev: bool = True
+        self, guest: str | Path, append: str, *, cpus: int = 1, memory: int = 64 << 20, testdev: bool = True
     ) -> None:
-        self.image = load_image(find_image(name), ram=layout(memory))
+        path = guest if isinstance(guest, Path) else find_image(guest)
+        self.image = load_image(path, ram=layout(memory))
         self.output = bytearray()
         self.input = bytearray()
         self.held: Collection[int] = ()
@@ -334,12 +336,12 @@ class RunningGuest:
 
 @contextmanager
 def running(
-    name: str, append: str = "", *, cpus: int = 1, memory: int = 64 << 20, testdev: bool = True
+    guest: str | Path, append: str = "", *, cpus: int = 1, memory: int = 64 << 20, testdev: bool = True
 ) -> Iterator[RunningGuest]:
-    """A guest that runs, on a machine that ends with the context."""
-    guest = RunningGuest(name, append, cpus=cpus, memory=memory, testdev=testdev)
+    """A prebuilt guest, or an image, that runs on a machine which ends with the context."""
+    machine = RunningGuest(guest, append, cpus=cpus, memory=memory, testdev=testdev)
     try:
-        guest.go()
-        yield guest
+        machine.go()
+        yield machine
     finally:
-        guest.close()
+        machine.close()

@@ -8,10 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.guests.conftest import Run
 from vmm.boot.image import EntryMode, load_image
 from vmm.report import results
 
@@ -101,6 +103,15 @@ def test_only_gcc_writes_the_images(arguments: tuple[str, ...]) -> None:
     result = build(*arguments)
     assert result.returncode == 2
     assert "error: " in result.stderr
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(find_spec("ziglang") is None, reason="the ziglang wheel is not installed")
+def test_zig_builds_guests_that_work(run: Run, tmp_path: Path) -> None:
+    result = build("--toolchain", "zig", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    guest = run(tmp_path / "sentinel.elf", "pattern=64K rounds=2", cpus=2)
+    assert guest.exit_status() == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -221,7 +221,8 @@ class VmmProcess:
         return port
 
     def _start_keeper(self) -> Port:
-        return start_keeper(self._options.keeper_path, self._options.orphan_timeout_s)
+        options = self._options
+        return start_keeper(options.keeper_path, options.orphan_timeout_s, options.sandbox)
 
     def _end_spare(self) -> None:
         """End the keeper that was started in case this process would make the VM: it does not."""

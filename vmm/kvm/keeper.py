@@ -50,6 +50,10 @@ CLIENTS_MAX = 16
 START_S = 2.0  # to live without a VMM until OP_ORPHAN says how long
 ORPHAN_MAX_MS = 1 << 30  # some 12 days; what a poll can wait for
 FDS_PER_MESSAGE = 250  # below the kernel's SCM_MAX_FD
+# linux/prctl.h, linux/seccomp.h, linux/capability.h, asm/unistd_64.h
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+SYS_CAPSET, SYS_LANDLOCK_RESTRICT_SELF, CAPABILITY_VERSION_3 = 126, 446, 0x20080522
+
 NEEDED = frozenset({b"kvm-slots", b"kvm-go", b"kvm-done"})  # names that the keeper itself gave, and uses
 
 # a vCPU's slot: called, returned (u64), result (0 an exit, else errno), spare
@@ -113,6 +117,15 @@ PASSED = frozenset({
     0x4080AEA2, 0x4048AE9B, 0xC080AEBE, 0x4080AEBF, 0xC018AE85, 0x4004AE86, 0xAE9A, 0xAEB7,
     0xAEAD, 0xAEA2, 0xAEA3, 0xC040AED5,
 })  # fmt: skip
+# All that this process ever issues, the most frequent one first
+ISSUED = (
+    KVM_RUN,
+    *sorted(PASSED | CREATES | DEVICE_ATTRIBUTES),
+    KVM_SET_SIGNAL_MASK,
+    KVM_SET_USER_MEMORY_REGION,
+    KVM_SET_USER_MEMORY_REGION2,
+    KVM_GET_DIRTY_LOG,
+)
 # an fd of the keeper's within the argument: request -> (offset of the number, offset of a second or None)
 INNER_FDS = {0x4020AE76: (0, 20), 0x4040AE79: (16, None)}  # IRQFD: fd, resamplefd; IOEVENTFD
 NO_FD = 0xFFFFFFFF
@@ -578,20 +591,41 @@ def _hung_up(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
+def confine(program: bytes, ruleset: int) -> None:
+    """Gain no privilege and have no capability; open and remove no file but as `ruleset` allows (Landlock;
+    -1: not restricted); make no system call but those of `program` (seccomp; empty: not restricted). For
+    good.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    code = ctypes.create_string_buffer(program, len(program) or 1)
+    filters = struct.pack("=H6xQ", len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
+    results = [
+        libc.prctl(PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))),
+        libc.syscall(SYS_CAPSET, struct.pack("=Ii", CAPABILITY_VERSION_3, 0), bytes(24)),
+        libc.syscall(SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0) if ruleset >= 0 else 0,
+        libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filters) if program else 0,
+    ]
+    if any(results):
+        raise OSError(ctypes.get_errno(), f"the keeper cannot confine itself: {results}")
+
+
 def main() -> None:
-    """`keeper.py FIRST [LISTENER]`: the fd of the first VMM's connection, and of the listening socket if
-    any.
+    """`keeper.py FIRST LISTENER RULESET`: fds of the first VMM's connection, of the listening socket and of a
+    Landlock ruleset, -1 for none; on stdin a seccomp filter, or nothing.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {KICK, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE})
     threading.stack_size(256 * 1024)
     sys.setswitchinterval(0.0005)
-    fds = [int(word) for word in sys.argv[1:]]
-    for fd in fds:
+    first, listening, ruleset = (int(word) for word in sys.argv[1:])
+    for fd in {first, listening, ruleset} - {-1}:
         os.set_inheritable(fd, False)
-    listener = socket.socket(fileno=fds[1]) if len(fds) > 1 else None
+    listener = socket.socket(fileno=listening) if listening >= 0 else None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    keeper = Keeper(listener, socket.socket(fileno=fds[0]))
+    keeper = Keeper(listener, socket.socket(fileno=first))
+    confine(sys.stdin.buffer.read(), ruleset)
+    if ruleset >= 0:
+        os.close(ruleset)
     keeper.serve()
     keeper.stop_listening()
     os._exit(0)  # the threads are in KVM_RUN; the VM goes with the process

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, ClassVar
@@ -107,23 +108,38 @@ class KeeperPort:
             )
 
     @classmethod
-    def start(cls, listener: socket.socket | None = None, orphan_timeout_s: float = 0.0) -> KeeperPort:
+    def start(
+        cls,
+        listener: socket.socket | None = None,
+        orphan_timeout_s: float = 0.0,
+        program: Callable[[int], bytes] = lambda _: b"",
+        ruleset: int = -1,
+    ) -> KeeperPort:
         """Start a keeper process and attach to it; `listener` is where VMMs that come later will find it.
 
-        Once told to live on it ends that long after the last VMM has gone (0: never). Raises HostError.
+        Once told to live on it ends that long after the last VMM has gone (0: never). It confines itself to
+        the seccomp filter `program(its pid)` and the Landlock ruleset of that fd, where given. Raises
+        HostError.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        passed = [theirs.fileno()] + ([listener.fileno()] if listener is not None else [])
-        command = [sys.executable, "-I", "-S", "-B", keeper.__file__, *map(str, passed)]
+        given = [theirs.fileno(), -1 if listener is None else listener.fileno(), ruleset]
+        command = [sys.executable, "-I", "-S", "-B", keeper.__file__, *map(str, given)]
         with theirs:
             try:
                 process = subprocess.Popen(
-                    command, pass_fds=passed, stdin=subprocess.DEVNULL, start_new_session=True, cwd="/"
+                    command,
+                    pass_fds=[fd for fd in given if fd >= 0],
+                    stdin=subprocess.PIPE,
+                    start_new_session=True,
+                    cwd="/",
                 )
             except OSError as error:
                 ours.close()
                 raise HostError(f"the keeper process cannot be started: {error.strerror}") from error
         process.returncode = 0  # it outlives this process: nobody here waits for it
+        assert process.stdin is not None
+        with suppress(BrokenPipeError), process.stdin as stdin:  # one that has ended is noticed below
+            stdin.write(program(process.pid))
         try:
             port = cls(ours, orphan_timeout_s)
         except PeerError as error:

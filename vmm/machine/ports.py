@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import ExitStack
+from functools import partial
 
 from vmm.errors import StateError
 from vmm.fds import FdStore, check_received
-from vmm.kvm import DirectPort, Port
+from vmm.kvm import DirectPort, Port, keeper
 from vmm.kvm.keeper_port import KEEPER_NAME, HeldFd, KeeperPort
+from vmm.sandbox import Mode, keeper_program, keeper_ruleset
 from vmm.sockets import listen
 
 __all__ = [
@@ -34,16 +37,24 @@ def direct_port() -> Port:
     return DirectPort()
 
 
-def start_keeper(path: str | None, orphan_timeout_s: float) -> Port:
+def start_keeper(path: str | None, orphan_timeout_s: float, sandbox: Mode) -> Port:
     """A new keeper, attached to this process; at `path`, if any, VMMs that come after a crash find it.
 
     Once told to live on, it ends with the guest `orphan_timeout_s` after the last VMM (0: never). Raises
     ConfigError, HostError.
     """
-    if path is None:
-        return KeeperPort.start(None, UNREACHABLE_S)
-    with listen(path, "keeper", socket.SOCK_SEQPACKET) as listener:
-        return KeeperPort.start(listener, orphan_timeout_s)
+    with ExitStack() as cleanup:
+        listener = None
+        if path is None:
+            orphan_timeout_s = UNREACHABLE_S
+        else:
+            listener = cleanup.enter_context(listen(path, "keeper", socket.SOCK_SEQPACKET))
+        ruleset = keeper_ruleset(sandbox, path)
+        if ruleset >= 0:
+            cleanup.callback(os.close, ruleset)
+        return KeeperPort.start(
+            listener, orphan_timeout_s, partial(keeper_program, sandbox, ioctls=keeper.ISSUED), ruleset
+        )
 
 
 def has_keeper(fds: FdStore) -> bool:

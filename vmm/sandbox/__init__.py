@@ -10,9 +10,17 @@ What the kernel lacks is left out and said. Nothing here knows what a VMM is but
 
 from __future__ import annotations
 
-from vmm.sandbox.confine import Mode, Report, confine
+from vmm.sandbox.confine import Mode, Report, confine, keeper_program, keeper_ruleset
 from vmm.sandbox.landlock import Access, Grant
 from vmm.sandbox.privileges import limit_resources
-from vmm.sandbox.profile import keeper_program
 
-__all__ = ["Access", "Grant", "Mode", "Report", "confine", "keeper_program", "limit_resources"]
+__all__ = [
+    "Access",
+    "Grant",
+    "Mode",
+    "Report",
+    "confine",
+    "keeper_program",
+    "keeper_ruleset",
+    "limit_resources",
+]

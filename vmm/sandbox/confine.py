@@ -7,6 +7,7 @@ forbids the rest.
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 import threading
@@ -20,7 +21,7 @@ from vmm.sandbox import landlock, seccomp
 from vmm.sandbox.kernel import Absent
 from vmm.sandbox.landlock import Access, Grant
 from vmm.sandbox.privileges import drop_privileges
-from vmm.sandbox.profile import vmm_program
+from vmm.sandbox.profile import REFUSED, keeper_rules, vmm_rules
 from vmm.sandbox.seccomp import Action
 
 
@@ -64,11 +65,39 @@ def confine(mode: Mode, grants: Iterable[Grant]) -> Report:
         missing.append(f"files are not restricted: this kernel has no Landlock ({error})")
     try:
         seccomp.require(Action.KILL_PROCESS, Action.LOG, Action.ERRNO)
-        seccomp.install(vmm_program(OTHERWISE[mode]))
+        seccomp.install(seccomp.assemble(vmm_rules(os.getpid(), _refused(mode)), OTHERWISE[mode]))
         done.append(f"seccomp ({mode.value})")
     except Absent as error:
         missing.append(f"system calls are not restricted: this kernel has no seccomp filters ({error})")
     return Report(tuple(done), tuple(missing))
+
+
+def _refused(mode: Mode) -> int:
+    return REFUSED if mode is Mode.ON else OTHERWISE[mode]
+
+
+def keeper_program(mode: Mode, pid: int, ioctls: Iterable[int]) -> bytes:
+    """The filter for a keeper `pid` to install; empty where there is none to be. KVM_RUN is best the first of
+    `ioctls`.
+    """
+    if mode is Mode.OFF:
+        return b""
+    try:
+        seccomp.require(Action.KILL_PROCESS, Action.LOG, Action.ERRNO)
+    except Absent:
+        return b""  # as `confine` says of this process itself
+    return seccomp.assemble(keeper_rules(pid, ioctls, _refused(mode)), OTHERWISE[mode])
+
+
+def keeper_ruleset(mode: Mode, path: str | None) -> int:
+    """An fd of the Landlock ruleset for a keeper that listens at `path`, which it removes at its end; -1
+    where there is none to be.
+    """
+    grants = [] if path is None else [Grant(os.path.dirname(os.path.abspath(path)), Access.REMOVE_FILE)]
+    try:
+        return -1 if mode is Mode.OFF else landlock.ruleset(grants)
+    except Absent:
+        return -1  # as `confine` says of this process itself
 
 
 def python_files() -> list[Grant]:

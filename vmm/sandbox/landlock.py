@@ -79,6 +79,17 @@ def handled(version: int) -> Access:
 def restrict(grants: Iterable[Grant]) -> int:
     """Restrict this thread, and those it starts, to `grants`; the ABI it was done with. Raises HostError,
     Absent.
+    """
+    fd = ruleset(grants)
+    try:
+        kernel.syscall("landlock_restrict_self", RESTRICT_SELF, fd, 0)
+    finally:
+        os.close(fd)
+    return abi()
+
+
+def ruleset(grants: Iterable[Grant]) -> int:
+    """An fd that a process restricts itself with. Raises HostError, Absent.
 
     A granted path that does not exist is left out: it then cannot be made either.
     """
@@ -89,17 +100,17 @@ def restrict(grants: Iterable[Grant]) -> int:
         attributes += struct.pack("=Q", NO_TCP)
     if version >= 6:
         attributes += struct.pack("=Q", ALL_SCOPES)
-    ruleset = kernel.syscall("landlock_create_ruleset", CREATE_RULESET, attributes, len(attributes), 0)
+    made = kernel.syscall("landlock_create_ruleset", CREATE_RULESET, attributes, len(attributes), 0)
     try:
         for grant in grants:
-            _add(ruleset, grant, fs)
-        kernel.syscall("landlock_restrict_self", RESTRICT_SELF, ruleset, 0)
-    finally:
-        os.close(ruleset)
-    return version
+            _add(made, grant, fs)
+    except BaseException:
+        os.close(made)
+        raise
+    return made
 
 
-def _add(ruleset: int, grant: Grant, fs: Access) -> None:
+def _add(made: int, grant: Grant, fs: Access) -> None:
     try:
         fd = os.open(grant.path, os.O_PATH | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -110,6 +121,6 @@ def _add(ruleset: int, grant: Grant, fs: Access) -> None:
             access &= ONLY_FILES
         if access:
             rule = struct.pack("=Qi", access, fd)
-            kernel.syscall(f"Landlock rule for {grant.path}", ADD_RULE, ruleset, PATH_BENEATH, rule, 0)
+            kernel.syscall(f"Landlock rule for {grant.path}", ADD_RULE, made, PATH_BENEATH, rule, 0)
     finally:
         os.close(fd)

@@ -7,11 +7,10 @@ its log. A feature that needs another call adds it here, with its reason.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterable
 from typing import Final
 
-from vmm.sandbox.seccomp import Action, Rule, Where, assemble
+from vmm.sandbox.seccomp import Action, Rule, Where
 
 # asm-generic/ioctls.h, linux/kvm.h
 KVMIO, IOCTL_TYPE = 0xAE00, 0xFF00
@@ -122,34 +121,24 @@ def vmm_rules(pid: int, refused: int = REFUSED) -> list[Rule]:
     ]
 
 
-def keeper_rules(pid: int, ioctls: Iterable[int]) -> list[Rule]:
-    """The keeper `pid`, before its first message: KVM's `ioctls`, its sockets and threads; no file."""
+def keeper_rules(pid: int, ioctls: Iterable[int], refused: int = REFUSED) -> list[Rule]:
+    """The keeper `pid`, before its first message: KVM's `ioctls`, its sockets and threads; no file is
+    opened.
+    """
     calls = (
-        *(
-            "read",
-            "write",
-            "close",
-            "lseek",
-            "fstat",
-            "newfstatat",
-            "poll",
-            "eventfd2",
-            "accept4",
-            "sendmsg",
-            "sendto",
-        ),
-        *("recvmsg", "getsockname", "getsockopt", "getrandom", "geteuid", "memfd_create", "ftruncate"),
+        *("read", "write", "close", "poll", "eventfd2", "accept4", "sendmsg", "sendto", "recvmsg"),
+        *("lseek", "fstat", "newfstatat", "getsockname", "getsockopt", "geteuid"),
         *("munmap", "mremap", "madvise", "brk", "clock_gettime", "clock_nanosleep"),
+        *("pidfd_open", "unlink"),  # for who waits for its end; its own socket, then
         *(call for call in THREADS if call != "sigaltstack"),
     )
-    commands = (F_GETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_ADD_SEALS)
     return [
         Rule("ioctl", tuple(Where(1, request) for request in (*ioctls, FIONBIO, FIOCLEX, FIONCLEX))),
         *_plain(calls),
-        Rule("fcntl", tuple(Where(1, command) for command in commands)),
+        Rule("fcntl", tuple(Where(1, command) for command in (F_GETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC))),
         Rule("tgkill", (Where(0, pid),)),
         Rule("openat", action=Action.ERRNO | errno.EACCES),  # a traceback's source lines; the C library's own
-        *_no_new_code(REFUSED),
+        *_no_new_code(refused),
         *NEW_THREADS,
     ]
 
@@ -161,14 +150,3 @@ def _no_new_code(refused: int) -> list[Rule]:
 
 def _plain(*groups: Iterable[str]) -> list[Rule]:
     return [Rule(call) for group in groups for call in group]
-
-
-def vmm_program(otherwise: int) -> bytes:
-    """This process's filter."""
-    refused = otherwise if otherwise == Action.LOG else REFUSED
-    return assemble(vmm_rules(os.getpid(), refused), otherwise)
-
-
-def keeper_program(pid: int, ioctls: Iterable[int], otherwise: int) -> bytes:
-    """The filter of the keeper `pid`; the first of its `ioctls` should be KVM_RUN."""
-    return assemble(keeper_rules(pid, ioctls), otherwise)

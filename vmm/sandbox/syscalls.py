@@ -127,5 +127,6 @@ NUMBERS: Final[dict[str, int]] = {
     "time": 201,
     "getrandom": 318,
     "seccomp": 317,
+    "pidfd_open": 434,
 }
 SECCOMP: Final = NUMBERS["seccomp"]

@@ -85,6 +85,9 @@ class RecordingPort:
     def admit(self, fd: int) -> None:
         self.calls.append(("admit",))
 
+    def forget(self, fd: int) -> None:
+        """Not of interest: it comes with every close."""
+
     def start_vcpu(self, vcpu_fd: int, index: int) -> None:
         self.calls.append(("start_vcpu", index))
 

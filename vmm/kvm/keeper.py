@@ -127,7 +127,7 @@ ISSUED = (
     KVM_GET_DIRTY_LOG,
 )
 # an fd of the keeper's within the argument: request -> (offset of the number, offset of a second or None)
-INNER_FDS = {0x4020AE76: (0, 20), 0x4040AE79: (16, None)}  # IRQFD: fd, resamplefd; IOEVENTFD
+INNER_FDS = {0x4020AE76: (0, 20), 0x4040AE79: (20, None)}  # IRQFD: fd, resamplefd; IOEVENTFD
 NO_FD = 0xFFFFFFFF
 MAP_NORESERVE = 0x4000  # asm-generic/mman-common.h
 

@@ -30,8 +30,10 @@ from vmm.kvm.port import KICKED, Argument, Bitmap, IoctlError, ioctl_error
 ANSWER_TIMEOUT_S = 10.0
 ATTACH_TIMEOUT_S = 1.0  # for the kernel to close the connection of a VMM that has just been killed
 NAP_S = 0.01
+NO_FD = -1
 
 KEEPER_NAME, SLOTS_NAME, GO_NAME, DONE_NAME = "keeper", "kvm-slots", "kvm-go", "kvm-done"
+ADMITTED_NAME = "admitted"  # what has no other name; of no use to the next VMM
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class KeeperPort:
         self._lock = threading.Lock()
         self._broken: str | None = None  # why nothing can be asked of the keeper any more
         self._numbers: dict[int, int] = {}  # this process's fd -> the keeper's
-        self._names: dict[tuple[str, int], int] = {}  # -> this process's fd
+        self._names: dict[tuple[str, int], int] = {}  # what the keeper holds -> this process's fd, or NO_FD
+        self._attached = False
         self._runners: dict[int, _Runner] = {}
         self._words: memoryview | None = None
         self._slots_fd = -1
@@ -171,7 +174,7 @@ class KeeperPort:
         if missing:
             raise PeerError(f"the keeper, process {self.pid}, does not have {', '.join(missing)}")
         self._numbers = {fd: known[key] for key, fd in fds.items() if key in known}
-        self._names = {key: fd for key, fd in fds.items() if key in known}
+        self._names = {key: fds.get(key, NO_FD) for key in known}
         self._map_slots(fds[SLOTS_NAME, 0])
         for (name, index), fd in fds.items():
             if name == "vcpu":
@@ -241,6 +244,7 @@ class KeeperPort:
             raise PeerError(
                 f"the keeper, process {self.pid}, serves another VMM that lives: {os.strerror(number)}"
             )
+        self._attached = True
         for runner in self._runners.values():
             runner.unserved = runner.exit != 0
             runner.leaving = False
@@ -248,6 +252,7 @@ class KeeperPort:
     def detach(self) -> None:
         """Be it no more. The guest runs on; its exits wait."""
         self._do(keeper.OP_DETACH, "let this VMM go")
+        self._attached = False
 
     @property
     def outlives(self) -> bool:
@@ -336,9 +341,7 @@ class KeeperPort:
     def drop(self, name: str, index: int) -> None:
         """Have the keeper close its copy."""
         self._do(keeper.OP_DROP, f"drop {name}/{index}", payload=keeper.NAME.pack(name.encode(), index, 0))
-        fd = self._names.pop((name, index))
-        if fd not in self._names.values():
-            self._numbers.pop(fd, None)  # the next fd that this process opens may have the number
+        self._numbers.pop(self._names.pop((name, index)), None)  # the next fd opened may have that number
 
     def table(self) -> list[HeldFd]:
         """Everything the keeper holds under a name, with new copies of the fds for this process."""
@@ -360,8 +363,18 @@ class KeeperPort:
 
     def admit(self, fd: int) -> None:
         """Have the keeper hold a copy of `fd`, which calls will name."""
-        if fd not in self._numbers:
-            self.store("kvm", next(index for index in count() if ("kvm", index) not in self._names), fd)
+        if fd not in self._names.values():
+            free = next(index for index in count() if (ADMITTED_NAME, index) not in self._names)
+            self.store(ADMITTED_NAME, free, fd)
+
+    def forget(self, fd: int) -> None:
+        """See `Port.forget`."""
+        self._numbers.pop(fd, None)
+        for (name, index), known in list(self._names.items()):
+            if known == fd:
+                self._names[name, index] = NO_FD
+                if name == ADMITTED_NAME and self._attached and self._broken is None:
+                    self.drop(name, index)
 
     def ioctl(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
         """See `Port.ioctl`."""
@@ -427,10 +440,7 @@ class KeeperPort:
         self, vm_fd: int, slot: int, flags: int, gpa: int, size: int, hva: int, memfd: int, offset: int
     ) -> None:
         """See `Port.set_user_memory`; the keeper maps the memfd in its own address space."""
-        if memfd not in self._numbers:
-            if ("memory", slot) in self._names:
-                self.drop("memory", slot)
-            self.store("memory", slot, memfd)
+        self.admit(memfd)
         payload = self._number(memfd).to_bytes(4, sys.byteorder) + b"\xff" * 4 + bytes(8)
         _, number, _, _ = self._ask(
             keeper.OP_MEMORY, self._number(vm_fd), 0, [slot | flags << 32, gpa, size, offset], payload

@@ -57,7 +57,7 @@ class Port(Protocol):
     """Carries out ioctls on KVM fds. `fd`s are those of this process. All but `run` raise IoctlError."""
 
     def ioctl(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
-        """One ioctl; returns what the kernel returned (>= 0).
+        """One ioctl; returns what the kernel returned (>= 0). Of a vCPU only while it is not in `run`.
 
         `arg` is passed by value if an int, else by reference: the kernel may read and write all of it (the
         direction in the request's number is not to be relied on). It holds no addresses; its fds are those
@@ -97,7 +97,11 @@ class Port(Protocol):
         ...
 
     def admit(self, fd: int) -> None:
-        """Learn of an fd that this process opened and that calls will name."""
+        """Learn of an fd that this process opened and that calls will name, until `forget`."""
+        ...
+
+    def forget(self, fd: int) -> None:
+        """This process is about to close `fd`, or has no more calls to name it."""
         ...
 
     def store(self, name: str, index: int, fd: int) -> None:
@@ -264,6 +268,9 @@ class DirectPort:
 
     def admit(self, fd: int) -> None:
         """Nothing to do: the fds are this process's."""
+
+    def forget(self, fd: int) -> None:
+        """Nothing to do."""
 
     def store(self, name: str, index: int, fd: int) -> None:
         """Nothing to do: nothing lives on without this process."""

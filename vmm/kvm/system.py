@@ -115,6 +115,7 @@ class System:
     def close(self) -> None:
         """Idempotent. VMs already created are not affected."""
         if self.fd >= 0:
+            self.port.forget(self.fd)
             os.close(self.fd)
             self.fd = -1
 

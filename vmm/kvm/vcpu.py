@@ -283,6 +283,7 @@ class Vcpu:
     def close(self) -> None:
         """Idempotent. Stop the vCPU first. A mapping that something else refers to keeps the VM alive."""
         if self.fd >= 0:
+            self.port.forget(self.fd)
             os.close(self.fd)
             self.fd = -1
             del self.run_page, self.coalesced, self._bytes

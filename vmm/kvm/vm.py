@@ -137,13 +137,17 @@ class Vm:
     def assign_irqfd(self, eventfd: int, gsi: int, resample: int | None = None) -> None:
         """KVM_IRQFD: writes to `eventfd` raise `gsi`; given `resample`, as a level until EOI, told there."""
         irqfd = abi.kvm_irqfd(eventfd, gsi)
+        self.port.admit(eventfd)
         if resample is not None:
+            self.port.admit(resample)
             irqfd.flags, irqfd.resamplefd = abi.KVM_IRQFD_FLAG_RESAMPLE, resample
         self.port.ioctl(self.fd, abi.KVM_IRQFD, irqfd)
 
     def deassign_irqfd(self, eventfd: int, gsi: int) -> None:
         """Undoes `assign_irqfd`; on return no more interrupts come from it."""
+        self.port.admit(eventfd)
         self.port.ioctl(self.fd, abi.KVM_IRQFD, abi.kvm_irqfd(eventfd, gsi, abi.KVM_IRQFD_FLAG_DEASSIGN))
+        self.port.forget(eventfd)
 
     def assign_ioeventfd(
         self, eventfd: int, address: int, length: int, pio: bool = False, datamatch: int | None = None
@@ -156,6 +160,7 @@ class Vm:
     ) -> None:
         """Undoes `assign_ioeventfd`, given the same arguments."""
         self._ioeventfd(eventfd, address, length, pio, datamatch, abi.KVM_IOEVENTFD_FLAG_DEASSIGN)
+        self.port.forget(eventfd)
 
     def _ioeventfd(
         self, eventfd: int, address: int, length: int, pio: bool, datamatch: int | None, flags: int
@@ -164,6 +169,7 @@ class Vm:
             flags |= abi.KVM_IOEVENTFD_FLAG_PIO
         if datamatch is not None:
             flags |= abi.KVM_IOEVENTFD_FLAG_DATAMATCH
+        self.port.admit(eventfd)
         request = abi.kvm_ioeventfd(datamatch or 0, address, length, eventfd, flags)
         self.port.ioctl(self.fd, abi.KVM_IOEVENTFD, request)
 
@@ -201,6 +207,7 @@ class Vm:
     def close(self) -> None:
         """Idempotent. The kernel ends the VM once its vCPU, device and statistics fds are closed too."""
         if self.fd >= 0:
+            self.port.forget(self.fd)
             os.close(self.fd)
             self.fd = -1
 

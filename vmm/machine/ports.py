@@ -12,7 +12,7 @@ from functools import partial
 from vmm.errors import StateError
 from vmm.fds import FdStore, check_received
 from vmm.kvm import DirectPort, Port, keeper
-from vmm.kvm.keeper_port import KEEPER_NAME, HeldFd, KeeperPort
+from vmm.kvm.keeper_port import ADMITTED_NAME, KEEPER_NAME, HeldFd, KeeperPort
 from vmm.sandbox import Mode, keeper_program, keeper_ruleset
 from vmm.sockets import listen
 
@@ -98,7 +98,10 @@ def find_keeper(path: str, fds: FdStore) -> Port:
     for row in rows:
         fds.add(row.name, row.id, row.fd)
     for row in rows:
-        check_received(row.name, row.id, row.fd)
+        if row.name == ADMITTED_NAME:
+            fds.remove(row.name, row.id)
+        else:
+            check_received(row.name, row.id, row.fd)
     _take_over(port, rows, fds)
     return port
 

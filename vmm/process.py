@@ -47,6 +47,7 @@ from vmm.machine.ports import (
 )
 from vmm.machine.probe import WORKS, drop_old_vm, probe_received_vm
 from vmm.machine.runstate import RunState
+from vmm.memory import layout
 from vmm.qmp.backend import QmpError
 from vmm.qmp.commands import COMMANDS
 from vmm.qmp.moving import ArrivingClients, LeavingClients
@@ -707,6 +708,8 @@ class VmmProcess:
         differing = differences(self._options.given, config)
         if differing:
             raise refusal(differing)
+        for name, index in (("state", 0), *(("ram", index) for index in range(len(layout(config.memory))))):
+            fds.get(name, index)  # what did not come must not be made anew, and empty
         self._arriving = ArrivingClients(fds)
         choice = self._choose(fds)
         self._token = token

@@ -170,8 +170,10 @@ class Channel:
                     self._cancel,
                     "the peer does not read: nothing could be sent",
                 )
-            except OSError as error:
+            except (BrokenPipeError, ConnectionResetError) as error:
                 raise PeerError(f"the peer is gone: {error.strerror}") from error
+            except OSError as error:
+                raise PeerError(f"nothing can be sent to the peer: {error.strerror}") from error
 
     def receive(self, timeout_s: float | None) -> tuple[Any, list[int]]:
         """The next message and its fds, which are the caller's to close.
@@ -214,6 +216,8 @@ class Channel:
                 continue
             except ConnectionResetError:
                 return False
+            except OSError as error:
+                raise PeerError(f"the peer cannot be heard: {error.strerror}") from error
             for level, kind, content in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     received = array.array("i")

@@ -39,7 +39,7 @@ from vmm.cpr.protocol import (
 from vmm.cpr.report import Report
 from vmm.cpr.token import RunToken
 from vmm.errors import HandoverError, PeerError, StateError
-from vmm.fds import FdStore
+from vmm.fds import FdStore, check_received
 from vmm.trace import Event, Tracer
 
 log = logging.getLogger(__name__)
@@ -281,6 +281,7 @@ class LiveOutgoing:
         self._machine.gave_up()
         if self._main is not None:
             self._main.close()
+            self._main = None
 
     def close(self) -> None:
         """Give the last fd back, once the coroutine has ended."""
@@ -345,6 +346,8 @@ class LiveIncoming:
             offer = expect(message, Offer)
             if len(fds) != len(offer.fds):
                 raise StateError(f"the fd table has {len(offer.fds)} rows, {len(fds)} fds came")
+            for entry, fd in zip(offer.fds, fds, strict=True):
+                check_received(entry.name, entry.id, fd)
             for entry in offer.fds:
                 if self.fds.find(entry.name, entry.id) is not None:
                     raise StateError(f"fd {entry.name}/{entry.id} came twice")
@@ -356,6 +359,7 @@ class LiveIncoming:
 
     async def build(self) -> None:
         assert self._offer is not None
+        self.fds.get("token")  # what did not come must not be made anew: two tokens are none
         self.token = RunToken.open(self.fds)
         self.machine, self._choice = self._build(bytes(self._offer.machine), self.fds, self.token)
         self._tracer.mark("built")

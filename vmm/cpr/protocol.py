@@ -23,7 +23,7 @@ count are checked before anything is allocated.
 from __future__ import annotations
 
 import struct
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -45,7 +45,7 @@ class FdEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One row of the fd table; the fds travel in the order of the table."""
 
     name: str
-    id: int
+    id: Annotated[int, msgspec.Meta(ge=0, lt=MOST_FDS)]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
@@ -81,7 +81,7 @@ class Ready(Message, frozen=True, tag="ready"):
 class State(Message, frozen=True, tag="state"):
     """Old to new, on main: the guest is stopped, its state is in the state memfd. `epoch` is the token's."""
 
-    epoch: int
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
     running: bool
 
 

@@ -1,0 +1,715 @@
+"""Every step of a handover, on either side, killed, stopped, delayed, failed or cut off: who runs the guest?
+
+A cell is one fault at one step. It starts with a guest in a VMM that received it, hands it over to a fresh
+VMM, lets the fault strike, continues what was stopped, and waits until both sides have come to an end. Then the
+guest's own memory must show that it runs where the VMMs say it is and nowhere else, the run token must agree,
+the survivor must say what happened and hold no fd more than before, and a second handover must succeed. Where
+that leads is where the next cell starts.
+
+`python -m tests.handover.fault_matrix` runs the whole matrix, tests/handover/test_faults.py a part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import mmap
+import os
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.handover.stage import connect, open_fds
+from tests.processes import Spawn, Spawned
+from vmm.errors import PeerError
+from vmm.qmp.backend import QmpError
+from vmm.qmp.client import QmpClient
+from vmm.report.results import CPU_SIZE, HEADER_SIZE, GuestState, Results, ResultsError, parse_results
+
+OLD, NEW, NOBODY = frozenset({"old"}), frozenset({"new"}), frozenset({"nobody"})
+EITHER = OLD | NEW
+
+TIMEOUTS_MS = {"setup": 1500, "prepare": 500, "commit": 500}
+DELAY_MS = 40  # well within the deadlines
+STOPPED_S = 3.0  # at most: longer than all the deadlines that can follow on each other
+SETTLE_S = 15.0  # a cell that takes longer hangs
+MOVING_S = 5.0  # within which a guest that runs is seen to move
+STANDING_S = 0.15  # within which a guest that stands still does not
+POLL_S = 0.01
+
+RESULTS_GPA = 0x200000  # firmware/include/results.h
+FINAL = frozenset({"completed", "failed", "cancelled"})
+HANDOVER_FAILED = 10  # exit status of a new VMM that took no guest over
+
+# --- the cells: what strikes where, and where the guest may be then ---
+
+STEPS = {
+    "outgoing": (
+        "offer",
+        "wait_ready",
+        "connect_main",
+        "pause",
+        "send_state",
+        "receive_prepared",
+        "begin_commit",
+        "release_token",
+        "send_commit",
+        "receive_running",
+        "give_up",
+    ),
+    "incoming": (
+        "receive_offer",
+        "build",
+        "listen_main",
+        "receive_state",
+        "load",
+        "send_prepared",
+        "receive_commit",
+        "take_token",
+        "run",
+        "send_running",
+    ),
+}
+FAILURES = ("fail", "break")
+CANNOT_FAIL = frozenset({"release_token", "give_up", "run"})
+CANNOT_FAIL_AFTERWARDS = frozenset({"pause", "take_token"})  # either fails, or it has happened
+BEFORE_THE_MONITOR = "receive_offer"  # the new VMM is there as soon as it starts: only a delay makes sense
+
+# From which point on the guest is where; a point is a step, or `after-` it. The guest is in the old VMM's own
+# memory alone until State is sent; the token is the old VMM's until it is released, the new one's once taken.
+Points = tuple[tuple[str, frozenset[str]], ...]
+WHERE: dict[str, dict[str, Points]] = {
+    "outgoing": {
+        "kill": (("offer", NOBODY), ("after-send_state", NEW)),
+        "stop": (("offer", OLD), ("after-release_token", NEW)),
+        "delay": (("offer", NEW),),
+        "fail": (("offer", OLD), ("after-send_commit", EITHER), ("after-receive_running", NEW)),
+        "break": (("offer", OLD), ("after-send_commit", EITHER), ("after-receive_running", NEW)),
+        "hang-up": (
+            ("offer", OLD),
+            ("after-wait_ready", NEW),  # nothing is connected
+            ("after-connect_main", OLD),
+            ("after-send_state", EITHER),
+            ("after-receive_running", NEW),
+        ),
+        "cancel": (("offer", OLD), ("after-begin_commit", NEW)),
+    },
+    "incoming": {
+        "kill": (("receive_offer", OLD), ("after-take_token", NOBODY)),
+        "stop": (("receive_offer", OLD), ("after-take_token", NEW)),
+        "delay": (("receive_offer", NEW),),
+        "fail": (("receive_offer", OLD), ("after-take_token", NEW)),
+        "break": (("receive_offer", OLD), ("after-take_token", NEW)),
+        "hang-up": (
+            ("receive_offer", OLD),
+            ("after-listen_main", NEW),  # nothing is connected
+            ("after-receive_state", OLD),
+            ("after-send_prepared", EITHER),
+            ("after-take_token", NEW),
+        ),
+        # Cancelled before Commit is read; once it is, the new VMM's end has to wait.
+        "cancel": (("receive_offer", OLD), ("after-send_prepared", EITHER), ("after-receive_commit", NEW)),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault, after a fault of the other side that leads there (`provoke`, may be empty)."""
+
+    side: str
+    point: str
+    kind: str
+    expected: frozenset[str]
+    provoke: str = ""
+    paused: bool = False
+
+    @property
+    def fault(self) -> str:
+        """As VMM_FAULT has it."""
+        return f"{self.side}:{self.point}:{self.kind}" + (f":{DELAY_MS}" if self.kind == "delay" else "")
+
+    def faults_of(self, side: str) -> str:
+        """All that `side` is to do, as VMM_FAULT has it."""
+        return ";".join(one for one in (self.provoke, self.fault) if one.startswith(f"{side}:"))
+
+    def __str__(self) -> str:
+        return " ".join(
+            part
+            for part in (self.fault, f"({self.provoke})" if self.provoke else "", "paused" * self.paused)
+            if part
+        )
+
+
+def _points(steps: Iterable[str]) -> list[str]:
+    return [point for step in steps for point in (step, f"after-{step}")]
+
+
+def _makes_sense(point: str, kind: str) -> bool:
+    step = point.removeprefix("after-")
+    if kind in FAILURES and (step in CANNOT_FAIL or (step != point and step in CANNOT_FAIL_AFTERWARDS)):
+        return False
+    return point != BEFORE_THE_MONITOR or kind == "delay"
+
+
+def _where(order: list[str], point: str, points: Points) -> frozenset[str]:
+    at = order.index(point)
+    return [who for start, who in points if order.index(start) <= at][-1]
+
+
+def _along_the_way() -> Iterator[Cell]:
+    for side, kinds in WHERE.items():
+        order = _points(STEPS[side])
+        for kind, points in kinds.items():
+            for point in order:
+                if _makes_sense(point, kind):
+                    yield Cell(side, point, kind, _where(order, point, points))
+
+
+# What happens once something has gone wrong, struck in its turn. The new VMM is stopped where it has all of the
+# guest, so that it is there to make the mistake that the token prevents.
+ON_ERROR: tuple[tuple[str, str, tuple[str, ...], dict[str, Points]], ...] = (
+    (
+        "incoming:send_prepared:stop",
+        "outgoing",
+        ("keep_token", "roll_back", "withdraw"),
+        {"kill": (("keep_token", NEW), ("after-keep_token", NOBODY))},
+    ),
+    (
+        "incoming:receive_commit:stop",
+        "outgoing",
+        ("ask_token", "roll_back", "withdraw"),
+        {"kill": (("ask_token", NEW), ("after-ask_token", NOBODY))},
+    ),
+    ("outgoing:receive_prepared:fail", "incoming", ("refuse",), {}),
+)
+
+
+def _on_error() -> Iterator[Cell]:
+    for provoke, side, steps, special in ON_ERROR:
+        order = _points(steps)
+        for kind in ("kill", "stop", "delay", "hang-up", "cancel"):
+            for point in order:
+                where = _where(order, point, special.get(kind, ((order[0], OLD),)))
+                yield Cell(side, point, kind, where, provoke)
+
+
+def _paused() -> Iterator[Cell]:
+    """A guest that is paused is handed over paused."""
+    for side, point, kind, expected in (
+        ("outgoing", "pause", "kill", NOBODY),
+        ("outgoing", "after-send_state", "kill", NEW),
+        ("outgoing", "receive_prepared", "fail", OLD),
+        ("outgoing", "after-release_token", "kill", NEW),
+        ("outgoing", "after-release_token", "stop", NEW),
+        ("incoming", "load", "fail", OLD),
+        ("incoming", "receive_commit", "stop", OLD),
+        ("incoming", "take_token", "kill", OLD),
+        ("incoming", "after-take_token", "kill", NOBODY),
+        ("incoming", "run", "delay", NEW),
+    ):
+        yield Cell(side, point, kind, expected, paused=True)
+
+
+def cells() -> list[Cell]:
+    """All of them."""
+    return [*_along_the_way(), *_on_error(), *_paused()]
+
+
+# --- what a cell found ---
+
+PROBLEMS = ("double run", "lost guest", "hang", "leaked fd", "wrong place", "silence", "no second handover")
+
+
+@dataclass
+class Outcome:
+    """Of one cell."""
+
+    cell: str
+    who: str = "nobody"
+    expected: list[str] = field(default_factory=list)
+    old: str = ""  # what became of each VMM, in its own words
+    new: str = ""
+    seconds: float = 0.0
+    problems: list[tuple[str, str]] = field(default_factory=list)  # one of PROBLEMS, and what was seen
+
+    def blame(self, kind: str, text: str) -> None:
+        """Note a problem."""
+        assert kind in PROBLEMS
+        self.problems.append((kind, text))
+
+
+class Lost(Exception):
+    """The guest is gone for a reason other than the cell's, or a VMM does not do what every cell needs."""
+
+
+# --- the guest and the VMMs ---
+
+_FLOCK = struct.Struct("=hh4xqqi4x")  # struct flock, x86-64
+
+
+class Guest:
+    """The guest as its memory shows it, and its token: read through the VMM's memfds, not through the VMM."""
+
+    def __init__(self, pid: int) -> None:
+        """Open them through a process that has them."""
+        memory = _open_memfd(pid, "vmm-ram")
+        self._token = _open_memfd(pid, "vmm-token")
+        self._memory = mmap.mmap(
+            memory, HEADER_SIZE + CPU_SIZE, mmap.MAP_SHARED, mmap.PROT_READ, offset=RESULTS_GPA
+        )
+        os.close(memory)
+
+    def close(self) -> None:
+        """Let go of them."""
+        self._memory.close()
+        os.close(self._token)
+
+    def results(self) -> Results | None:
+        """What it says of itself; None while it has not begun to."""
+        try:
+            return parse_results(self._memory[:])
+        except ResultsError:
+            return None
+
+    def turns(self) -> int:
+        """A count that only a running guest raises."""
+        results = self.results()
+        return results.cpus[0].turns if results is not None else 0
+
+    def moves(self) -> bool:
+        """Whether it is seen to move."""
+        turns = self.turns()
+        return _within(MOVING_S, lambda: self.turns() != turns)
+
+    def stands(self) -> bool:
+        """Whether it is not."""
+        turns = self.turns()
+        time.sleep(STANDING_S)
+        return self.turns() == turns
+
+    def complaint(self) -> str | None:
+        """What it found wrong with its world."""
+        results = self.results()
+        if results is None:
+            return "its results area is not readable any more"
+        if results.errors or results.state is GuestState.VIOLATED:
+            return f"it counts {results.errors} errors: {results.violation}"
+        return None
+
+    def epoch(self) -> int:
+        """The token's."""
+        return int.from_bytes(os.pread(self._token, 8, 0), "little")
+
+    def token_held(self) -> bool:
+        """Whether a process holds the token."""
+        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+        return bool(_FLOCK.unpack(fcntl.fcntl(self._token, fcntl.F_OFD_GETLK, request))[0] != fcntl.F_UNLCK)
+
+
+def _open_memfd(pid: int, name: str) -> int:
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        path = f"/proc/{pid}/fd/{number}"
+        if os.readlink(path).startswith(f"/memfd:{name}"):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    raise Lost(f"process {pid} has no memfd {name}")
+
+
+def _within(seconds: float, look: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not look():
+        if time.monotonic() > deadline:
+            return look()
+        time.sleep(POLL_S)
+    return True
+
+
+class Vmm:
+    """One VMM process, which may die or stop at any moment."""
+
+    def __init__(self, process: Spawned, folder: Path, number: int) -> None:
+        self.process = process
+        self.main, self.cpr = folder / f"m{number}", folder / f"c{number}"
+        self._monitor = folder / f"q{number}"
+        self._client: QmpClient | None = None
+        self.stopped_at: float | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def dead(self) -> bool:
+        """Whether it has ended."""
+        return self.process.popen.poll() is not None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether SIGSTOP holds it."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except FileNotFoundError:
+            return False
+        return stat.rpartition(")")[2].split()[0] == "T"
+
+    def ask(self, command: str, arguments: dict[str, Any] | None = None, timeout_s: float = 5.0) -> Any:
+        """What a QMP command returns. Raises PeerError where there is no answer."""
+        if self._client is None:
+            self._client = connect(self.process, self._monitor)
+        return self._client.execute(command, arguments, timeout_s)
+
+    def answers(self, command: str) -> dict[str, Any]:
+        """What a query returns; nothing where it is dead or stopped."""
+        if self.dead or self.stopped:
+            return {}
+        try:
+            answer: dict[str, Any] = self.ask(command, timeout_s=1.0)
+        except PeerError:
+            return {}
+        return answer
+
+    def prepare(self) -> None:
+        """Set mode and deadlines."""
+        deadlines = {f"x-vmm-{name}-timeout": ms for name, ms in TIMEOUTS_MS.items()}
+        self.ask("migrate-set-parameters", {"mode": "cpr-transfer", **deadlines})
+
+    def migrate_to(self, new: Vmm) -> None:
+        """`migrate`. No answer comes from one that is struck before it can give it."""
+        channels = [
+            {"channel-type": name, "addr": {"transport": "socket", "type": "unix", "path": str(path)}}
+            for name, path in (("main", new.main), ("cpr", new.cpr))
+        ]
+        try:
+            self.ask("migrate", {"channels": channels}, timeout_s=1.0)
+        except PeerError:
+            if not _within(1.0, lambda: self.dead or self.stopped):
+                raise
+
+    @property
+    def run_state(self) -> str:
+        """query-status's; empty where there is no answer."""
+        return str(self.answers("query-status").get("status", ""))
+
+    @property
+    def has_guest(self) -> bool:
+        """Whether it says that the guest is its own."""
+        return self.run_state in ("running", "paused")
+
+    def says(self, text: str) -> bool:
+        """Whether its log says so, soon."""
+        return _within(2.0, lambda: text in self.process.stderr)
+
+    def close(self) -> None:
+        """Close the monitor's connection."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def end(self) -> int:
+        """Ask it to quit, and reap it; its exit status."""
+        if not self.dead:
+            self.ask("quit")
+        self.close()
+        return self.process.wait()
+
+
+class Matrix:
+    """Runs cells, one after the other, on one guest for as long as it lives."""
+
+    def __init__(self, folder: Path, *, mode: str, guest: str = "sentinel") -> None:
+        self._spawn = Spawn(folder / "processes")
+        self._folder = folder
+        self._mode = mode
+        self._image = guest
+        self._count = 0
+        self._current: Vmm | None = None
+        self._guest: Guest | None = None
+        self._fds: list[str] = []  # what a VMM that received the guest has open
+
+    def close(self) -> None:
+        """End every process."""
+        self._forget()
+        for process in reversed(self._spawn.spawned):
+            process.end()
+
+    def _forget(self) -> None:
+        if self._guest is not None:
+            self._guest.close()
+        self._guest = self._current = None
+
+    def run(self, cells: Iterable[Cell]) -> Iterator[Outcome]:
+        """The outcomes, as they come."""
+        todo = list(cells)
+        for cell, following in zip(todo, [*todo[1:], None], strict=True):
+            outcome = Outcome(str(cell), expected=sorted(cell.expected))
+            start = time.monotonic()
+            try:
+                self._run_cell(cell, following, outcome)
+            except (Lost, AssertionError, PeerError, QmpError) as error:
+                outcome.blame("lost guest" if isinstance(error, Lost) else "hang", str(error))
+                self._forget()
+            outcome.seconds = round(time.monotonic() - start, 2)
+            self._reap()
+            yield outcome
+
+    def _reap(self) -> None:
+        """End every process but the one that has the guest."""
+        for process in self._spawn.spawned:
+            if self._current is None or process.pid != self._current.pid:
+                process.end()
+
+    def _start(self, *arguments: str, faults: str = "") -> Vmm:
+        self._count += 1
+        name = f"q{self._count}"
+        process = self._spawn.vmm(
+            "run",
+            "-v",
+            f"--qmp=unix:{self._folder / name}",
+            *arguments,
+            env={"VMM_FAULT": faults} if faults else None,
+        )
+        return Vmm(process, self._folder, self._count)
+
+    def _await_guest(self, faults: str) -> Vmm:
+        number = self._count + 1
+        cpr = f"cpr,addr.transport=socket,addr.type=unix,addr.path={self._folder / f'c{number}'}"
+        new = self._start(
+            f"--incoming=unix:{self._folder / f'm{number}'}",
+            f"--incoming={cpr}",
+            f"--handover={self._mode}",
+            faults=faults,
+        )
+        new.prepare()
+        return new
+
+    def _hand_over(self, old: Vmm, new: Vmm) -> None:
+        """A handover in which nothing goes wrong. Raises Lost where it does."""
+        old.migrate_to(new)
+        if not _within(SETTLE_S, lambda: old.answers("query-migrate").get("status") in FINAL):
+            raise Lost(f"{old.process} does not end its handover{old.process.output()}")
+        answer = old.answers("query-migrate")
+        if answer["status"] != "completed" or "error-desc" in answer:
+            raise Lost(f"{old.process}: {answer}{new.process.output()}")
+        if not _within(SETTLE_S, lambda: new.has_guest):
+            raise Lost(f"{new.process} is {new.run_state}{new.process.output()}")
+        status = old.end()
+        if status != 0:
+            raise Lost(f"{old.process} ended with {status}{old.process.output()}")
+
+    def _cold_start(self, faults: str) -> Vmm:
+        """A guest that has been handed over once."""
+        keeper = "--keeper" if self._mode == "adopt" else "--no-keeper"
+        first = self._start(self._image, "--append=pattern=64K", "--serial=null", "--memory=32M", keeper)
+        first.prepare()
+        self._guest = Guest(first.pid)
+        if not self._guest.moves():
+            raise Lost(f"{first.process}: the guest does not move{first.process.output()}")
+        second = self._await_guest(faults)
+        self._hand_over(first, second)
+        if not self._fds:
+            self._fds = open_fds(second.pid)
+        return second
+
+    def _run_cell(self, cell: Cell, following: Cell | None, outcome: Outcome) -> None:
+        old = self._current
+        if old is None:
+            old = self._cold_start(cell.faults_of("outgoing"))
+        guest = self._guest
+        assert guest is not None
+        new = self._await_guest(cell.faults_of("incoming"))
+        if cell.paused:
+            old.ask("stop")
+        epoch = guest.epoch()
+        old.prepare()
+        old.migrate_to(new)
+        self._settle(old, new, outcome)
+        self._look(cell, old, new, guest, epoch, outcome)
+        self._listen(cell, old, new, outcome)
+        self._current = None
+        if outcome.who == "nobody":
+            self._guest.close() if self._guest else None
+            self._guest = None
+            return
+        survivor, other = (old, new) if outcome.who == "old" else (new, old)
+        if not _within(1.0, lambda: survivor.dead or open_fds(survivor.pid) == self._fds):
+            left = Counter(open_fds(survivor.pid)) - Counter(self._fds)
+            gone = Counter(self._fds) - Counter(open_fds(survivor.pid))
+            outcome.blame("leaked fd", f"{outcome.who}: more: {dict(left)}, less: {dict(gone)}")
+        if survivor.dead:
+            raise Lost(f"{survivor.process} had the guest, and ended{survivor.process.output()}")
+        if cell.paused:
+            survivor.ask("cont")
+        if not other.dead:
+            other.end()
+        second = self._await_guest(following.faults_of("outgoing") if following else "")
+        try:
+            self._hand_over(survivor, second)
+        except Lost as error:
+            outcome.blame("no second handover", str(error))
+            self._forget()
+            return
+        if not guest.moves():
+            outcome.blame("no second handover", "the guest does not move after it")
+        self._current = second
+
+    def _settle(self, old: Vmm, new: Vmm, outcome: Outcome) -> None:
+        """Wait until both sides have come to an end; continue what was stopped once the other side has."""
+        deadline = time.monotonic() + SETTLE_S
+        while not (_old_settled(old) and _new_settled(new)):
+            if time.monotonic() > deadline:
+                outcome.blame("hang", f"{old.process.output()}{new.process.output()}")
+                raise Lost(f"not settled within {SETTLE_S} s")
+            for vmm, other_settled in ((old, _new_settled), (new, _old_settled)):
+                if vmm.dead or not vmm.stopped:
+                    continue
+                other = new if vmm is old else old
+                if vmm.stopped_at is None:
+                    vmm.stopped_at = time.monotonic()
+                if other_settled(other) or time.monotonic() - vmm.stopped_at > STOPPED_S:
+                    vmm.process.signal(signal.SIGCONT)
+            time.sleep(POLL_S)
+
+    def _look(self, cell: Cell, old: Vmm, new: Vmm, guest: Guest, epoch: int, outcome: Outcome) -> None:
+        """Who has the guest: by what they say, by what its memory shows, by the token."""
+        having = [name for name, vmm in (("old", old), ("new", new)) if vmm.has_guest]
+        outcome.who = having[0] if having else "nobody"
+        if len(having) > 1:
+            outcome.blame("double run", "both say that they have the guest")
+        if having and not cell.paused:
+            if not guest.moves():
+                outcome.blame("lost guest", f"{having[0]} says that the guest runs, and it does not move")
+        elif not guest.stands():
+            outcome.blame("double run", "the guest moves, and nobody says that it runs there")
+        complaint = guest.complaint()
+        if complaint is not None:
+            outcome.blame("double run", complaint)
+        if guest.token_held() != bool(having):
+            outcome.blame(
+                "double run", f"{outcome.who} has the guest, and the token is held: {guest.token_held()}"
+            )
+        if guest.epoch() < epoch:
+            outcome.blame("double run", f"the epoch went back from {epoch} to {guest.epoch()}")
+        if outcome.who not in cell.expected:
+            kind = "lost guest" if not having else "wrong place"
+            outcome.blame(kind, f"it is with {outcome.who}, not {' or '.join(sorted(cell.expected))}")
+
+    def _listen(self, cell: Cell, old: Vmm, new: Vmm, outcome: Outcome) -> None:
+        """Whoever survived says what happened."""
+        striker = old if cell.side == "outgoing" else new
+        if not striker.says(f"VMM_FAULT: {cell.fault} strikes"):
+            outcome.blame("silence", f"the fault did not strike{old.process.output()}{new.process.output()}")
+        outcome.old = self._old_says(old, outcome)
+        outcome.new = self._new_says(new, outcome)
+
+    def _old_says(self, old: Vmm, outcome: Outcome) -> str:
+        if old.dead:
+            status = old.process.wait()
+            if status != -signal.SIGKILL:
+                outcome.blame("silence", f"old ended with {status}{old.process.output()}")
+            return "killed"
+        answer = old.answers("query-migrate")
+        status, error = answer.get("status"), answer.get("error-desc")
+        wanted = {"old": ("failed", "cancelled"), "new": ("completed",), "nobody": ("failed",)}[outcome.who]
+        word = {"failed": ("handover failed", "handover lost"), "cancelled": ("handover cancelled",)}
+        if status not in wanted or (status != "completed" and not error):
+            outcome.blame("silence", f"the guest is with {outcome.who}, and old says {answer}")
+        elif not any(old.says(text) for text in word.get(status, ("handover completed",))):
+            outcome.blame("silence", f"old's log does not say {status}{old.process.output()}")
+        return f"{status}: {error}" if error else str(status)
+
+    def _new_says(self, new: Vmm, outcome: Outcome) -> str:
+        if not new.dead:
+            answer = new.answers("query-migrate")
+            if outcome.who != "new" or answer.get("status") != "completed":
+                outcome.blame("silence", f"the guest is with {outcome.who}, and new says {answer}")
+            error = answer.get("error-desc")
+            return f"{answer.get('status')}: {error}" if error else str(answer.get("status"))
+        status = new.process.wait()
+        if status == -signal.SIGKILL:
+            return "killed"
+        reason = [line for line in new.process.stderr.splitlines() if "no guest was taken over: " in line]
+        if status != HANDOVER_FAILED or not reason:
+            outcome.blame("silence", f"new ended with {status}{new.process.output()}")
+            return f"ended with {status}"
+        return "failed: " + reason[-1].partition("no guest was taken over: ")[2]
+
+
+def _old_settled(old: Vmm) -> bool:
+    return old.dead or old.answers("query-migrate").get("status") in FINAL
+
+
+def _new_settled(new: Vmm) -> bool:
+    return new.dead or new.answers("query-migrate").get("status") == "completed"
+
+
+# --- the command ---
+
+
+def totals(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Counts over all cells."""
+    problems = Counter(kind for outcome in outcomes for kind in {kind for kind, _ in outcome.problems})
+    return {
+        "cells": len(outcomes),
+        "passed": sum(not outcome.problems for outcome in outcomes),
+        "guest with": dict(Counter(outcome.who for outcome in outcomes)),
+        **{f"{kind}s": problems[kind] for kind in PROBLEMS},
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else")
+    parser.add_argument("--mode", choices=("rebuild", "adopt"), default="rebuild")
+    parser.add_argument("--guest", choices=("sentinel", "ticker"), default="sentinel")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cells with TEXT in their name")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the matrix; 1 where a cell has a problem."""
+    chosen = [cell for cell in cells() if arguments.only in str(cell)]
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="vmm-", dir="/tmp") as folder:
+        matrix = Matrix(Path(folder), mode=arguments.mode, guest=arguments.guest)
+        try:
+            for outcome in matrix.run(chosen):
+                outcomes.append(outcome)
+                if not arguments.json:
+                    _show(outcome)
+        finally:
+            matrix.close()
+    result = totals(outcomes)
+    if arguments.json:
+        document = {"mode": arguments.mode, **result, "matrix": [asdict(outcome) for outcome in outcomes]}
+        sys.stdout.write(json.dumps(document) + "\n")
+    else:
+        sys.stdout.write("".join(f"{name}: {value}\n" for name, value in result.items()))
+    return 0 if result["passed"] == result["cells"] else 1
+
+
+def _show(outcome: Outcome) -> None:
+    sys.stdout.write(
+        f"{outcome.cell:52} guest: {outcome.who:7} old: {outcome.old[:60]:60} new: {outcome.new[:60]}"
+        f" ({outcome.seconds} s)\n"
+    )
+    for kind, text in outcome.problems:
+        sys.stdout.write(f"    {kind.upper()}: {text}\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """`python -m tests.handover.fault_matrix`."""
+    parser = argparse.ArgumentParser(prog="faults", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -284,7 +284,10 @@ class LiveOutgoing:
             self._main = None
 
     def close(self) -> None:
-        """Give the last fd back, once the coroutine has ended."""
+        """Give the last fds back, once the coroutine has ended."""
+        for channel in self.channels:
+            channel.close()
+        self._cpr = self._main = None
         self.cancel.close()
 
 
@@ -440,7 +443,10 @@ class LiveIncoming:
                 listener.close()
 
     def close(self) -> None:
-        """Give the last fd back, once the coroutine has ended."""
+        """Give the last fds back, once the coroutine has ended."""
+        for channel in self.channels:
+            channel.close()
+        self._cpr = self._main = None
         self.cancel.close()
 
 

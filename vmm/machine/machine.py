@@ -507,8 +507,11 @@ class Machine:
         stopped = _Rendezvous(len(self.threads), save_chips)
 
         def save(index: int) -> None:
+            state, thread = self.hypervisor.vcpu_states[index], self.threads[index]
+            may_run_on = self._resume_to is RunState.RUNNING and not self.state.ended
+            state.look(thread.settle, thread.run_on if may_run_on else None)
             stopped.wait()
-            self.hypervisor.vcpu_states[index].save(self.threads[index].settle)
+            state.save()
 
         self._pause_vcpus(save)
 

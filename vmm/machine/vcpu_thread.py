@@ -28,6 +28,8 @@ from vmm.machine.journal import Journal
 
 log = logging.getLogger(__name__)
 
+MOMENT_S = 0.0001
+
 
 class ExitSink(Protocol):
     """What a vCPU thread reports upwards; called on the vCPU's thread, must not block."""
@@ -197,6 +199,14 @@ class VcpuThread:
         self.vcpu.kick()
         if self.vcpu.run():
             raise VmmError(f"vCPU {self.index}: KVM_RUN gave an exit where it was only to be left at once")
+
+    def run_on(self) -> None:
+        """On this thread, after a run job: run the guest for a moment more, as that job would have."""
+        self._stop, self._running = False, True
+        end = threading.Timer(MOMENT_S, self.pause)
+        end.start()
+        self._run()
+        end.join()
 
     def recover(self) -> None:
         """Undo what a VMM that is gone had begun and not ended. Before the first run, the VM being ours."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmm.kvm import Cap, Vcpu, Vm, abi, sized
-from vmm.machine.lapic_state import LapicSection, load_lapic, save_lapic
+from vmm.machine.lapic_state import LapicSection, load_lapic, look_at_timer, save_lapic
 from vmm.machine.msr_state import MsrList, MsrState
 from vmm.machine.pit_state import load_pit
 from vmm.state import Arena
@@ -56,13 +56,10 @@ class VcpuFacts:
     nested_size: int  # bytes; 0: the guest runs no guests of its own
 
 
-# KVM_GET_MP_STATE first takes in a waiting INIT or SIPI, which changes all other state. Reading the LAPIC may
-# enter KVM_RUN to have expired timers noticed, which may wake a halted vCPU and inject an interrupt: so MP
-# state comes once more after it, and events. Events before what delivering a pending exception would change
-# (CR2, DR6, on kernels without KVM_CAP_EXCEPTION_PAYLOAD). The rest in any order.
+# KVM_GET_MP_STATE takes in a waiting INIT or SIPI, which changes all other state: so it comes first. Events
+# before what delivering a pending exception would change (CR2, DR6, on kernels without
+# KVM_CAP_EXCEPTION_PAYLOAD). The rest in any order.
 SAVE_ORDER = (
-    "mp_state",
-    "lapic",
     "mp_state",
     "events",
     "regs",
@@ -74,6 +71,7 @@ SAVE_ORDER = (
     "debugregs",
     "msrs",
     "nested",
+    "lapic",
 )
 # Control registers, EFER and the APIC base decide what all else is checked against. The LAPIC's timer mode
 # comes before MSR_IA32_TSC_DEADLINE, which is ignored in the others; nested state after EFER.SVME, CR4.VMXE
@@ -136,7 +134,6 @@ class VcpuState:
         host.
         """
         self.vcpu = vcpu
-        self._settle: Callable[[], object] = _nothing
         pieces, msr_state = vcpu_pieces(facts), MsrState(arena, vcpu.index, msrs)
         self.sections: dict[str, Any] = {
             name: arena.place(f"vcpu/{name}", vcpu.index, piece.kind, PIECE_VERSION)
@@ -149,17 +146,22 @@ class VcpuState:
         loads["msrs"] = lambda vcpu, _: msr_state.load(vcpu)
         if facts.in_kernel_lapic:
             self.sections["lapic"] = arena.place("vcpu/lapic", vcpu.index, LapicSection, PIECE_VERSION)
-            saves["lapic"] = lambda vcpu, section: save_lapic(vcpu, section, self._settle)
+            saves["lapic"] = save_lapic
             loads["lapic"] = load_lapic
         self._saves = [(saves[name], self.sections[name]) for name in SAVE_ORDER if name in saves]
         self._loads = [(loads[name], self.sections[name]) for name in LOAD_ORDER if name in loads]
 
-    def save(self, settle: Callable[[], object] | None = None) -> None:
-        """Store the vCPU's whole state. Call it on the vCPU's thread, outside KVM_RUN, with no exit half
-        served and every other vCPU stopped. `settle` enters KVM_RUN and leaves it at once; it is not needed
-        for a vCPU that has never run.
+    def look(self, settle: Callable[[], object], run_on: Callable[[], object] | None) -> None:
+        """On the vCPU's thread, when it has just stopped and others may still run: what cannot be seen later.
+        See `look_at_timer`.
         """
-        self._settle = settle or _nothing
+        if (lapic := self.sections.get("lapic")) is not None:
+            look_at_timer(self.vcpu, lapic, settle, run_on)
+
+    def save(self) -> None:
+        """Store the vCPU's whole state. Call it on the vCPU's thread, outside KVM_RUN, with no exit half
+        served, and every vCPU stopped and looked at; one that has never run needs no look.
+        """
         vcpu = self.vcpu
         for step, section in self._saves:
             step(vcpu, section)
@@ -169,10 +171,6 @@ class VcpuState:
         vcpu = self.vcpu
         for step, section in self._loads:
             step(vcpu, section)
-
-
-def _nothing() -> None:
-    """A vCPU that has never run has no timer to settle."""
 
 
 def _chip(chip_id: int) -> tuple[Callable[[Vm, Any], None], Callable[[Vm, Any], None]]:

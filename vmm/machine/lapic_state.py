@@ -4,11 +4,16 @@ KVM_GET_LAPIC says how much a one-shot or periodic timer has left, KVM_SET_LAPIC
 told is left (Linux 5.8, arch/x86/kvm/lapic.c): the time in between would be lost each time. So the moment of
 reading is kept with the registers, and what has passed since is taken off before they are loaded.
 
-A timer that expires while the vCPU is out of KVM_RUN is only noted by KVM, where no ioctl reads it; entering
-KVM_RUN with a signal pending (`settle`) turns the note into an interrupt request. Where a one-shot timer has
-expired and its interrupt is neither requested nor in service even then, nobody can tell whether it is still
-to come or long served: it comes once more, as KVM itself has it, for better one too many than none. A timer
-in TSC-deadline mode needs none of this: its deadline is an MSR, which stays until the interrupt is requested.
+A timer that expires while the vCPU is out of KVM_RUN is only noted by KVM, where no ioctl reads it. So the
+timer is looked at right after the vCPU stopped, when all that expired until then must have requested its
+interrupt; from there on its expiries are reckoned and not read. `settle` makes sure of it for a periodic
+timer: it enters KVM_RUN with a signal pending, which turns a note into a request. A one-shot timer that has
+expired without its interrupt being requested may have been served long ago, or not be noticed yet: so the
+vCPU goes on for a moment (`run_on`), until the guest has armed the timer again or the request is there. Where
+that does not come, the interrupt comes once more, as KVM itself has it: better one too many than none.
+
+A timer in TSC-deadline mode needs none of this: its deadline is an MSR, which stays until the interrupt is
+requested.
 """
 
 from __future__ import annotations
@@ -87,9 +92,15 @@ def remaining_ns(state: abi.kvm_lapic_state) -> int:
     return read_register(state, CURRENT_COUNT) * _unit_ns(state)
 
 
-def save_lapic(vcpu: Vcpu, section: LapicSection, settle: Callable[[], object]) -> None:
-    """Read the LAPIC with nothing of its timer missing. On the vCPU's thread, with every other vCPU
-    stopped.
+def look_at_timer(
+    vcpu: Vcpu,
+    section: LapicSection,
+    settle: Callable[[], object],
+    run_on: Callable[[], object] | None,
+) -> None:
+    """Right after the vCPU stopped, on its thread: what its timer has left. `save_lapic` needs it in `section`.
+
+    `run_on` is None for a guest that is paused.
     """
     registers = section.registers
     quiet_until_ns = 0  # every expiry has requested its interrupt, and the next comes no earlier
@@ -98,12 +109,36 @@ def save_lapic(vcpu: Vcpu, section: LapicSection, settle: Callable[[], object]) 
         vcpu.get_lapic(registers)
         now_ns = monotonic_ns()
         mode, left_ns = timer_mode(registers), remaining_ns(registers)
-        unsure = (mode is TimerMode.PERIODIC and left_ns) or (mode is TimerMode.ONE_SHOT and not left_ns)
-        if unsure and now_ns >= quiet_until_ns:
-            quiet_until_ns = section.taken_ns + left_ns if left_ns else NEVER_NS
+        if mode is TimerMode.ONE_SHOT and not left_ns and not _is_requested(registers):
+            if quiet_until_ns:
+                return
+            if run_on is None:
+                quiet_until_ns = NEVER_NS
+                settle()
+            else:
+                run_on()
+        elif mode is TimerMode.PERIODIC and left_ns and now_ns >= quiet_until_ns:
+            quiet_until_ns = section.taken_ns + left_ns
             settle()
         elif now_ns - section.taken_ns <= NEAR_NS:
             return
+
+
+def save_lapic(vcpu: Vcpu, section: LapicSection) -> None:
+    """Read the LAPIC, once every vCPU has stopped and the chips have been read."""
+    registers = abi.kvm_lapic_state()
+    vcpu.get_lapic(registers)
+    if _counts_alike(registers, section.registers):
+        write_register(registers, CURRENT_COUNT, read_register(section.registers, CURRENT_COUNT))
+    section.registers = registers
+
+
+def _counts_alike(state: abi.kvm_lapic_state, other: abi.kvm_lapic_state) -> bool:
+    """Whether the timers are one: an INIT of another vCPU, say, would have stopped it."""
+    return all(
+        read_register(state, offset) == read_register(other, offset)
+        for offset in (LVT_TIMER, INITIAL_COUNT, DIVIDE)
+    )
 
 
 def load_lapic(vcpu: Vcpu, section: LapicSection) -> None:
@@ -127,7 +162,7 @@ def advance(state: abi.kvm_lapic_state, elapsed_ns: int) -> None:
     left_ns = remaining_ns(state) - elapsed_ns
     if mode is TimerMode.ONE_SHOT:
         if not read_register(state, CURRENT_COUNT):
-            if _is_delivered(state):
+            if _is_requested(state) or _is_in_service(state):
                 write_register(state, INITIAL_COUNT, 0)
             return
         write_register(state, CURRENT_COUNT, max(left_ns // unit_ns, 1))
@@ -144,10 +179,15 @@ def _vector(state: abi.kvm_lapic_state) -> tuple[int, int]:
     return vector // 32 * 0x10, 1 << vector % 32
 
 
-def _is_delivered(state: abi.kvm_lapic_state) -> bool:
-    """Whether the timer's interrupt is requested or in service."""
+def _is_requested(state: abi.kvm_lapic_state) -> bool:
+    """Whether the timer's interrupt is requested; as good as that where it is masked."""
     at, bit = _vector(state)
-    return bool((read_register(state, REQUEST + at) | read_register(state, IN_SERVICE + at)) & bit)
+    return bool(read_register(state, LVT_TIMER) & MASKED or read_register(state, REQUEST + at) & bit)
+
+
+def _is_in_service(state: abi.kvm_lapic_state) -> bool:
+    at, bit = _vector(state)
+    return bool(read_register(state, IN_SERVICE + at) & bit)
 
 
 def _request(state: abi.kvm_lapic_state) -> None:

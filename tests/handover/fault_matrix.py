@@ -1,10 +1,10 @@
 """Every step of a handover, on either side, killed, stopped, delayed, failed or cut off: who runs the guest?
 
 A cell is one fault at one step. It starts with a guest in a VMM that received it, hands it over to a fresh
-VMM, lets the fault strike, continues what was stopped, and waits until both sides have come to an end. Then the
-guest's own memory must show that it runs where the VMMs say it is and nowhere else, the run token must agree,
-the survivor must say what happened and hold no fd more than before, and a second handover must succeed. Where
-that leads is where the next cell starts.
+VMM, lets the fault strike, continues what was stopped, and waits until both sides have come to an end. Then
+the guest's own memory must show that it runs where the VMMs say it is and nowhere else, the run token must
+agree, the survivor must say what happened and hold no fd more than before, and a second handover must work.
+Where that leads is where the next cell starts.
 
 `python -m tests.handover.fault_matrix` runs the whole matrix, tests/handover/test_faults.py a part of it.
 """
@@ -81,6 +81,7 @@ STEPS = {
 FAILURES = ("fail", "break")
 CANNOT_FAIL = frozenset({"release_token", "give_up", "run"})
 CANNOT_FAIL_AFTERWARDS = frozenset({"pause", "take_token"})  # either fails, or it has happened
+CONFIRMED = "after-send_running"
 BEFORE_THE_MONITOR = "receive_offer"  # the new VMM is there as soon as it starts: only a delay makes sense
 
 # From which point on the guest is where; a point is a step, or `after-` it. The guest is in the old VMM's own
@@ -174,8 +175,8 @@ def _along_the_way() -> Iterator[Cell]:
                     yield Cell(side, point, kind, _where(order, point, points))
 
 
-# What happens once something has gone wrong, struck in its turn. The new VMM is stopped where it has all of the
-# guest, so that it is there to make the mistake that the token prevents.
+# What happens once something has gone wrong, struck in its turn. The new VMM is stopped where it has all of
+# the guest, so that it is there to make the mistake that the token prevents.
 ON_ERROR: tuple[tuple[str, str, tuple[str, ...], dict[str, Points]], ...] = (
     (
         "incoming:send_prepared:stop",
@@ -606,18 +607,21 @@ class Matrix:
         striker = old if cell.side == "outgoing" else new
         if not striker.says(f"VMM_FAULT: {cell.fault} strikes"):
             outcome.blame("silence", f"the fault did not strike{old.process.output()}{new.process.output()}")
-        outcome.old = self._old_says(old, outcome)
+        outcome.old = self._old_says(cell, old, outcome)
         outcome.new = self._new_says(new, outcome)
 
-    def _old_says(self, old: Vmm, outcome: Outcome) -> str:
+    def _old_says(self, cell: Cell, old: Vmm, outcome: Outcome) -> str:
         if old.dead:
             status = old.process.wait()
-            if status != -signal.SIGKILL:
-                outcome.blame("silence", f"old ended with {status}{old.process.output()}")
-            return "killed"
+            if status == -signal.SIGKILL:
+                return "killed"
+            outcome.blame("silence", f"old ended with {status}{old.process.output()}")
+            return f"ended with {status}"
         answer = old.answers("query-migrate")
         status, error = answer.get("status"), answer.get("error-desc")
         wanted = {"old": ("failed", "cancelled"), "new": ("completed",), "nobody": ("failed",)}[outcome.who]
+        if cell.point == CONFIRMED:
+            wanted = ("completed",)  # whatever became of the new VMM after it had said so
         word = {"failed": ("handover failed", "handover lost"), "cancelled": ("handover cancelled",)}
         if status not in wanted or (status != "completed" and not error):
             outcome.blame("silence", f"the guest is with {outcome.who}, and old says {answer}")

@@ -8,7 +8,9 @@ and relocations are never looked at.
 
 from __future__ import annotations
 
+import binascii  # noqa: F401 -- of pyelftools: it is imported late, when no machine code can be loaded any more
 import struct
+import zlib  # noqa: F401 -- likewise
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag

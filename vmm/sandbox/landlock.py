@@ -91,7 +91,7 @@ def restrict(grants: Iterable[Grant]) -> int:
 def ruleset(grants: Iterable[Grant]) -> int:
     """An fd that a process restricts itself with. Raises HostError, Absent.
 
-    A granted path that does not exist is left out: it then cannot be made either.
+    A granted path that does not exist, or is out of reach, is left out: it stays so.
     """
     version = abi()
     fs = handled(version)
@@ -113,7 +113,7 @@ def ruleset(grants: Iterable[Grant]) -> int:
 def _add(made: int, grant: Grant, fs: Access) -> None:
     try:
         fd = os.open(grant.path, os.O_PATH | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return
     try:
         access = grant.access & fs

@@ -188,7 +188,10 @@ ON_ERROR: tuple[tuple[str, str, tuple[str, ...], dict[str, Points]], ...] = (
         "incoming:receive_commit:stop",
         "outgoing",
         ("ask_token", "roll_back", "withdraw"),
-        {"kill": (("ask_token", NEW), ("after-ask_token", NOBODY))},
+        {
+            "kill": (("ask_token", NEW), ("after-ask_token", NOBODY)),
+            "stop": (("ask_token", EITHER), ("after-ask_token", OLD)),  # free for whoever goes on first
+        },
     ),
     ("outgoing:receive_prepared:fail", "incoming", ("refuse",), {}),
 )
@@ -227,7 +230,16 @@ def cells() -> list[Cell]:
 
 # --- what a cell found ---
 
-PROBLEMS = ("double run", "lost guest", "hang", "leaked fd", "wrong place", "silence", "no second handover")
+PROBLEMS = (
+    "double run",
+    "lost guest",
+    "hang",
+    "leaked fd",
+    "wrong place",
+    "silence",
+    "guest complaint",  # its world is not as it must be: two that run it, or a state that is not whole
+    "no second handover",
+)
 
 
 @dataclass
@@ -557,8 +569,13 @@ class Matrix:
             outcome.blame("no second handover", str(error))
             self._forget()
             return
-        if not guest.moves():
-            outcome.blame("no second handover", "the guest does not move after it")
+        moves, complaint = guest.moves(), guest.complaint()
+        if complaint is not None:
+            outcome.blame("guest complaint", f"after the second handover {complaint}")
+        if complaint is not None or not moves:
+            outcome.blame("no second handover", f"the guest moves: {moves}{second.process.output()}")
+            self._forget()
+            return
         self._current = second
 
     def _settle(self, old: Vmm, new: Vmm, outcome: Outcome) -> None:
@@ -591,7 +608,7 @@ class Matrix:
             outcome.blame("double run", "the guest moves, and nobody says that it runs there")
         complaint = guest.complaint()
         if complaint is not None:
-            outcome.blame("double run", complaint)
+            outcome.blame("guest complaint", complaint)
         if guest.token_held() != bool(having):
             outcome.blame(
                 "double run", f"{outcome.who} has the guest, and the token is held: {guest.token_held()}"

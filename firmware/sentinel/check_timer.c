@@ -22,6 +22,7 @@ static struct timer {
 	enum mode mode;
 	u32 left; /* interrupts in this mode */
 	u32 looks; /* at an overdue one */
+	bool stray; /* one may still come from the mode before */
 	volatile u64 due;
 	u64 overdue_since;
 	u64 periodic_since;
@@ -37,6 +38,9 @@ u64 timer_due(struct vcpu *v)
 
 static void enter_mode(struct timer *t, u64 now)
 {
+	t->stray = t->mode == PERIODIC; /* which may have come due again before it is stopped here */
+	if (t->stray)
+		lapic_write(LAPIC_TIMER_INITIAL, 0);
 	if (++t->mode >= MODES)
 		t->mode = has_deadline ? DEADLINE : ONESHOT;
 	t->left = IN_A_MODE;
@@ -71,9 +75,15 @@ INTERRUPT static void on_timer(struct interrupt_frame *frame)
 	u64 now = rdtsc();
 
 	(void)frame;
-	if (now < earliest(t))
-		violate(v, CHECK_TIMER, earliest(t), now, t->mode);
 	v->interrupts++;
+	if (now < earliest(t)) {
+		if (!t->stray)
+			violate(v, CHECK_TIMER, earliest(t), now, t->mode);
+		t->stray = false;
+		lapic_eoi();
+		return;
+	}
+	t->stray = false;
 	count(v, CHECK_TIMER);
 	if (!--t->left)
 		enter_mode(t, now);

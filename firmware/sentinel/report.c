@@ -7,6 +7,7 @@
 #include "serial.h"
 
 bool report_active;
+static u32 violated; /* set once: from then on, the vCPU that set it alone speaks */
 
 static struct {
 	bool ends_guest;
@@ -133,8 +134,19 @@ void report_request(bool ends_guest)
 	report_active = true;
 }
 
+/* Another vCPU is ending the guest. */
+__attribute__((noreturn)) static void stand_still(void)
+{
+	for (;;) {
+		interrupts_off();
+		__asm__ volatile("hlt");
+	}
+}
+
 void report_turn(void)
 {
+	if (*(volatile u32 *)&violated)
+		stand_still();
 	if (report.sent < report.text.used) {
 		if (serial_has_room())
 			serial_send(report.text.bytes[report.sent++]);
@@ -168,11 +180,9 @@ void report_at_once(void)
 
 void violate(struct vcpu *v, enum check_id id, u64 expected, u64 seen, u64 where)
 {
-	static u32 taken;
-
 	interrupts_off();
-	while (__atomic_exchange_n(&taken, 1, __ATOMIC_SEQ_CST))
-		__asm__ volatile("hlt"); /* another vCPU was first and is ending the guest */
+	if (__atomic_exchange_n(&violated, 1, __ATOMIC_SEQ_CST))
+		stand_still();
 	results.checks[id].expected = expected;
 	results.checks[id].seen = seen;
 	results.checks[id].where = where;

@@ -308,12 +308,13 @@ class KeeperPort:
         """Close the connection, which the keeper takes as a detach, or end the keeper, and the guest with
         it. Idempotent.
         """
-        if for_good and self._broken is None and self._sock.fileno() >= 0:
+        if for_good and self._broken is None:
             try:
                 self._do(keeper.OP_QUIT, "end")
             except PeerError:
                 if self._broken is None:
                     raise  # it lives
+        self._broken = self._broken or "the connection to the keeper is closed"
         self._runners.clear()
         fds = [self._life, self._slots_fd, *(fd for pair in self._events.values() for fd in pair)]
         self._events.clear()

@@ -1,0 +1,283 @@
+"""vCPUs in a keeper: an exit is served by whoever is there, once; without a VMM they run until they need
+one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.kvm.keeping import await_end, keeper_port
+from tests.kvm.real_mode import ENTRY, Machine, Ram, machine_on, ram_of, with_chips
+from vmm.errors import PeerError
+from vmm.kvm import Exit, IoctlError, Vcpu, abi
+from vmm.kvm.keeper_port import KeeperPort
+
+pytestmark = pytest.mark.kvm
+
+# again: inc ax; mov dx, 0x3f8; out dx, ax; jmp again
+COUNTER = b"\x40\xba\xf8\x03\xef\xeb\xf9"
+FOREVER = b"\xeb\xfe"
+# again: inc word [0x2000]; cmp byte [0x2002], 0; je again; out dx, al; jmp again
+UNTIL_TOLD = b"\xff\x06\x00\x20\x80\x3e\x02\x20\x00\x74\xf5\xee\xeb\xf2"
+TOLD = 0x2002
+
+
+@contextmanager
+def kept(code: bytes) -> Iterator[tuple[KeeperPort, Machine]]:
+    """A machine in a keeper, about to execute `code`."""
+    with keeper_port() as port, ram_of(code) as ram, machine_on(ram, port=port) as machine:
+        machine.enter_at()
+        machine.vcpu.bind_thread()
+        yield port, machine
+
+
+@contextmanager
+def successor(port: KeeperPort) -> Iterator[tuple[KeeperPort, Vcpu]]:
+    """The port and the vCPU of a VMM that was announced; not attached yet."""
+    new = KeeperPort(port.make_successor())
+    rows = new.table()
+    fds = {(row.name, row.id): row.fd for row in rows}
+    new.take_over(rows, fds)
+    vcpu = Vcpu(fds.pop(("vcpu", 0)), 0, new, 0x3000)
+    try:
+        yield new, vcpu
+    finally:
+        vcpu.close()
+        new.close()
+        for (name, _), fd in fds.items():
+            if name not in KeeperPort.OWN_NAMES:
+                os.close(fd)
+
+
+def value(vcpu: Vcpu) -> int:
+    """What the exit at hand writes."""
+    assert vcpu.run_page.exit_reason == Exit.IO
+    io = vcpu.run_page.io
+    return int.from_bytes(vcpu.io_data(io.data_offset, io.size), "little")
+
+
+def await_exit(vcpu: Vcpu, number: int) -> None:
+    """Wait until exit `number` is there for somebody to serve."""
+    deadline = time.monotonic() + 10
+    while vcpu.pending_exit != number:
+        assert time.monotonic() < deadline, f"exit {number} does not come; {vcpu.pending_exit} is there"
+        time.sleep(0.001)
+
+
+def counts(ram: Ram) -> bool:
+    """Whether UNTIL_TOLD runs."""
+    before = ram.bytes[0x2000:0x2002]
+    time.sleep(0.05)
+    return bool(ram.bytes[0x2000:0x2002] != before)
+
+
+def test_exits_are_numbered() -> None:
+    with kept(COUNTER) as (_, machine):
+        assert machine.vcpu.pending_exit == 0
+        for number in range(1, 6):
+            assert machine.vcpu.run()
+            assert (value(machine.vcpu), machine.vcpu.pending_exit) == (number, number)
+
+
+def test_an_exit_that_is_left_is_the_first_of_the_next_vmm() -> None:
+    with kept(COUNTER) as (port, machine):
+        assert machine.vcpu.run()
+        with successor(port) as (new, vcpu):
+            port.detach()
+            new.attach()
+            assert vcpu.pending_exit == 1
+            assert [value(vcpu) for _ in range(3) if vcpu.run()] == [1, 2, 3]
+            new.detach()
+        port.attach()
+        assert [value(machine.vcpu) for _ in range(3) if machine.vcpu.run()] == [3, 4, 5]
+
+
+def test_an_exit_that_comes_between_two_vmms_is_not_lost() -> None:
+    """It is not there yet when the new VMM is built, nor when the old one leaves; whoever attaches serves it,
+    were it the old one again.
+    """
+    with kept(UNTIL_TOLD) as (port, machine), successor(port) as (new, vcpu):
+        machine.vcpu.go_on()
+        assert counts(machine.ram)
+        port.detach()
+        assert counts(machine.ram)
+        machine.ram.bytes[TOLD] = 1
+        await_exit(vcpu, 1)
+        new.attach()
+        assert vcpu.run()
+        assert vcpu.pending_exit == 1
+        assert vcpu.run()
+        assert vcpu.pending_exit == 2
+        new.detach()
+        port.attach()
+        assert machine.vcpu.run()
+        assert machine.vcpu.pending_exit == 2
+
+
+def test_a_vmm_that_leaves_lets_the_vcpu_run() -> None:
+    with kept(UNTIL_TOLD) as (port, machine):
+        results: list[bool] = []
+        thread = threading.Thread(target=lambda: results.append(machine.vcpu.run()))
+        thread.start()
+        assert counts(machine.ram)
+        machine.vcpu.leave()
+        thread.join(10)
+        assert results == [False]
+        machine.vcpu.go_on()
+        assert counts(machine.ram)
+        port.detach()
+        port.attach()
+        machine.ram.bytes[TOLD] = 1
+        assert machine.vcpu.run()
+        assert machine.vcpu.pending_exit == 1
+
+
+def test_a_vmm_that_leaves_with_an_exit_served_lets_the_vcpu_go_on() -> None:
+    with kept(COUNTER) as (port, machine):
+        assert machine.vcpu.run()
+        machine.vcpu.leave()
+        machine.vcpu.go_on()
+        await_exit(machine.vcpu, 2)
+        port.detach()
+        port.attach()
+        assert machine.vcpu.run()
+        assert value(machine.vcpu) == 2
+
+
+def test_a_vmm_that_is_killed_leaves_the_vcpu_running() -> None:
+    """Here: its connection closes."""
+    with kept(UNTIL_TOLD) as (port, machine), successor(port) as (new, vcpu):
+        machine.vcpu.go_on()
+        port.close()
+        assert counts(machine.ram)
+        new.attach()
+        vcpu.kick()
+        assert not vcpu.run()
+        assert not counts(machine.ram)
+        machine.ram.bytes[TOLD] = 1
+        assert vcpu.run()
+        new.close(for_good=True)
+
+
+def test_kicks() -> None:
+    with kept(FOREVER) as (_, machine):
+        machine.vcpu.kick()  # before the run
+        assert not machine.vcpu.run()
+        threading.Timer(0.05, machine.vcpu.kick).start()
+        assert not machine.vcpu.run()
+        machine.vcpu.immediate_exit = True
+        assert not machine.vcpu.run()
+        assert machine.regs().rip == ENTRY
+
+
+def test_a_vcpu_that_runs_is_not_waited_for() -> None:
+    """The keeper has other VMM requests to serve, and no time to wait for a vCPU."""
+    with kept(FOREVER) as (_, machine):
+        machine.vcpu.go_on()
+        with pytest.raises(IoctlError) as caught:
+            machine.vcpu.get_regs(abi.kvm_regs())
+        assert caught.value.errno == errno.EBUSY
+        assert machine.vm.check(abi.Cap.USER_MEMORY) == 1
+        machine.vcpu.kick()
+        assert not machine.vcpu.run()
+        assert machine.regs().rip == ENTRY
+
+
+def test_a_vcpu_is_started_without_a_vmm() -> None:
+    """INIT and SIPI end KVM_RUN (EAGAIN) with nothing to serve."""
+    start = 0x3000
+    with keeper_port() as port, ram_of(FOREVER) as ram, machine_on(ram, with_chips, port=port) as machine:
+        ram.bytes[start : start + len(COUNTER)] = COUNTER
+        with machine.vm.create_vcpu(1) as second:
+            second.go_on()
+            for delivery in (5 << 8, 6 << 8 | start >> 12):  # INIT, start-up; Intel SDM 3A, 12.11.2
+                time.sleep(0.05)
+                assert machine.vm.signal_msi(0xFEE0_0000 | 0xFF << 12, delivery)  # to all
+            await_exit(second, 1)
+            port.detach()
+            port.attach()
+            assert second.run()
+            assert second.run_page.exit_reason == Exit.IO
+
+
+def test_slots_may_hold_anything() -> None:
+    """What a VMM writes there harms its own vCPU alone, and that only until it writes something better."""
+    with kept(COUNTER) as (port, machine):
+        words = port._runners[machine.vcpu.fd].words
+        for wild in ((1 << 64) - 1, 1 << 63, 5):
+            words[0] = wild
+            os.eventfd_write(port._runners[machine.vcpu.fd].go, 1)
+            await_exit(machine.vcpu, wild)
+        assert machine.vcpu.pending_exit == 5
+        port.detach()
+        port.attach()
+        assert machine.vcpu.run()
+        assert value(machine.vcpu) == 3
+
+
+def test_a_keeper_that_dies_is_noticed() -> None:
+    with ram_of(FOREVER) as ram:
+        port = KeeperPort.start()
+        with machine_on(ram, port=port) as machine:
+            machine.enter_at()
+            failures: list[BaseException] = []
+
+            def run() -> None:
+                try:
+                    machine.vcpu.run()
+                except PeerError as error:
+                    failures.append(error)
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            time.sleep(0.05)
+            os.kill(port.pid, signal.SIGKILL)
+            assert await_end(port.lifeline)
+            port.lost()
+            thread.join(10)
+            assert "has ended" in str(failures[0])
+            machine.vcpu.kick()  # nothing to do, and no error
+            with pytest.raises(PeerError, match="has ended"):
+                machine.vm.check(abi.Cap.USER_MEMORY)
+        port.close(for_good=True)
+
+
+def test_an_answer_that_comes_late_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with keeper_port() as port, ram_of(FOREVER) as ram, machine_on(ram, port=port) as machine:
+        port._sock.settimeout(0.1)
+        os.kill(port.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(PeerError, match="does not answer"):
+                machine.vm.check(abi.Cap.USER_MEMORY)
+        finally:
+            os.kill(port.pid, signal.SIGCONT)
+        time.sleep(0.1)
+        with pytest.raises(PeerError, match="does not answer"):
+            machine.vm.check(abi.Cap.NR_VCPUS)
+        os.kill(port.pid, signal.SIGKILL)
+
+
+def test_an_fd_number_may_name_something_else_later() -> None:
+    """The keeper's copy is of what was stored, whatever had that number before."""
+    with keeper_port() as port:
+        numbers = set()
+        for _ in range(3):
+            memfd = os.memfd_create("one", os.MFD_CLOEXEC)
+            numbers.add(memfd)
+            os.ftruncate(memfd, 0x1000)
+            port.store("serial", 0, memfd)
+            rows = {(row.name, row.id): row.fd for row in port.table()}
+            assert os.fstat(rows["serial", 0]).st_ino == os.fstat(memfd).st_ino
+            for fd in rows.values():
+                os.close(fd)
+            port.drop("serial", 0)
+            os.close(memfd)
+        assert len(numbers) == 1

@@ -98,7 +98,7 @@ def look_at_timer(
     settle: Callable[[], object],
     run_on: Callable[[], object] | None,
 ) -> None:
-    """Right after the vCPU stopped, on its thread: what its timer has left. `save_lapic` needs it in `section`.
+    """On the thread of a vCPU that just stopped: what its timer has left, into `section` for `save_lapic`.
 
     `run_on` is None for a guest that is paused.
     """

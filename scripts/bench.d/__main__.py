@@ -15,7 +15,9 @@ from vmm.errors import VmmError
 BENCHMARKS = {
     "pause": "how long a guest stands still in a handover, at several RAM sizes, QEMU beside it if asked for",
     "leak": "whether hundreds of handovers in a row leave anything behind",
+    "crash": "SIGKILLs of VMMs at random moments: guests alive, errors that they found",
     "storm": "handovers back to back under a busy guest: errors, and what they cost it",
+    "faults": "either VMM killed, stopped, cut off at every step of a handover: who runs the guest then",
 }
 WRONG = 1
 

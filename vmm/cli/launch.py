@@ -49,7 +49,7 @@ def environment(python: str | None = None) -> Mapping[str, str]:
 
 
 class LaunchedVmm:
-    """`vmm run ARGUMENTS…`, started. `monitor` is where it answers QMP."""
+    """`vmm run ARGUMENTS…`, or another `verb` that serves a guest, started. `monitor` is where it answers QMP."""
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class LaunchedVmm:
         log: Path,
         python: str | None = None,
         stdout: int | None = None,
+        verb: str = "run",
     ) -> None:
         """Start it; `monitor` tells the control socket's path from its pid. Its stderr is appended to `log`,
         and so is its stdout where no fd is given for that. Raises HostError where it cannot be started.
@@ -68,7 +69,7 @@ class LaunchedVmm:
         try:
             self._log_start = os.fstat(output).st_size
             self.process = subprocess.Popen(
-                [*command(python), "run", *arguments],
+                [*command(python), verb, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output if stdout is None else stdout,
                 stderr=output,

@@ -141,6 +141,7 @@ class Hypervisor:
             if fd is None:
                 raise StateError(f"fd vcpu/{index} is missing from the fd table")
             self.vcpus.append(Vcpu(fd, index, self.port, self._system.mmap_size))
+            kept_cpuid(self._arena, index)  # the guest's own, for a VMM that rebuilds it later
 
     # --- state ---
 

@@ -1,0 +1,212 @@
+"""SIGKILL at random moments: of the VMM that serves the guest, and in a handover of the old one, the new one
+and both. The guest must live through each, in its keeper, and find nothing wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import host
+
+from vmm.cli.handover import unix_channel
+from vmm.cli.launch import LaunchedVmm
+from vmm.cli.series import POLL_S, START_S, Series
+from vmm.errors import GuestCrash, PeerError, VmmError
+from vmm.qmp.client import QmpClient
+from vmm.report.table import table
+from vmm.units import parse_size
+
+KILL_WITHIN_S = 0.05  # of a VMM that serves the guest: after at most so long
+HANDOVER_KILL_WITHIN_S = 0.02  # of a handover, from `migrate` on
+ALIVE_S = 10.0  # for the guest to take further turns
+
+
+class Victim(Enum):
+    """Who is killed."""
+
+    SERVING = "the VMM that serves"
+    OLD = "the old VMM of a handover"
+    NEW = "the new VMM of a handover"
+    BOTH = "both VMMs of a handover"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kills", type=int, default=300, metavar="N", help="of a serving VMM, default 300")
+    parser.add_argument(
+        "--handover-kills", type=int, default=20, metavar="N", help="of each kind in a handover, default 20"
+    )
+    parser.add_argument("--cpus", type=int, default=2, metavar="N", help="vCPUs of the guest, default 2")
+    parser.add_argument("--memory", default="128M", metavar="SIZE", help="guest RAM, default 128M")
+    parser.add_argument("--seed", type=int, help="of the random moments; printed, to try the same again")
+
+
+class CrashSeries(Series):
+    """A series whose VMMs are killed."""
+
+    def kill(self, victims: Iterable[LaunchedVmm]) -> None:
+        """Kill them, all before the first is waited for."""
+        victims = list(victims)
+        for victim in victims:
+            victim.process.send_signal(signal.SIGKILL)
+        for victim in victims:
+            victim.process.wait()
+
+    def attach(self) -> None:
+        """A fresh VMM for the guest in its keeper."""
+        directory = self.directory
+        self.client.close()
+        self.vmm = LaunchedVmm(
+            [directory.name, "-v"],
+            verb="attach",
+            monitor=lambda pid: directory.path / f"qmp-{pid}.sock",
+            log=directory.log,
+        )
+        self.client = self.vmm.connect(time.monotonic() + START_S)
+        self.wait_running()
+
+    def wait_running(self) -> None:
+        """Wait until the guest runs in this VMM. Raises GuestCrash where it never does."""
+        deadline = time.monotonic() + START_S
+        while not self.client.execute("query-status")["running"]:
+            if time.monotonic() > deadline:
+                raise GuestCrash("the guest does not run in the VMM that took it")
+            time.sleep(POLL_S)
+
+    def migrate(self) -> LaunchedVmm:
+        """Begin a handover to a new VMM, which is returned; nobody waits for it to end."""
+        directory = self.directory
+        main, cpr = directory.path / "main", directory.path / "cpr"
+        for path in (main, cpr):
+            path.unlink(missing_ok=True)
+        new = LaunchedVmm(
+            [
+                f"--name={directory.name}",
+                "-v",
+                f"--incoming=unix:{main}",
+                f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={cpr}",
+            ],
+            monitor=lambda pid: directory.path / f"qmp-{pid}.sock",
+            log=directory.log,
+        )
+        new.connect(time.monotonic() + START_S).close()
+        _wait_for(cpr)
+        self.client.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
+        self.client.execute("migrate", {"channels": [unix_channel("main", main), unix_channel("cpr", cpr)]})
+        return new
+
+    def find(self, candidates: Iterable[LaunchedVmm]) -> str:
+        """Whoever of `candidates` has the guest serves it from here on; the others are ended. Who it was."""
+        living = [vmm for vmm in candidates if vmm.process.poll() is None]
+        deadline = time.monotonic() + START_S
+        while living:
+            for vmm in list(living):
+                try:
+                    client = vmm.connect(deadline)
+                    status = client.execute("query-status")
+                except VmmError:
+                    if vmm.process.poll() is not None:
+                        living.remove(vmm)
+                    continue
+                if status["running"]:
+                    for other in living:
+                        if other is not vmm:
+                            other.end()
+                    self.client.close()
+                    self.vmm, self.client = vmm, client
+                    return "survivor"
+                client.close()
+                if status["status"] == "postmigrate":
+                    vmm.end()
+                    living.remove(vmm)
+            if time.monotonic() > deadline:
+                raise GuestCrash("two VMMs live and neither says that it runs the guest")
+            time.sleep(POLL_S)
+        self.attach()
+        return "attached"
+
+    def check(self) -> int:
+        """See that the guest takes turns; the errors that it has found."""
+        before = self.results()
+        deadline = time.monotonic() + ALIVE_S
+        while (now := self.results()).cpus[0].turns == before.cpus[0].turns:
+            if time.monotonic() > deadline:
+                raise GuestCrash("the guest stands still")
+            time.sleep(POLL_S)
+        return now.errors
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise PeerError(f"{path} does not appear")
+        time.sleep(POLL_S)
+
+
+def _strike(series: CrashSeries, victim: Victim, random_: random.Random) -> str:
+    """One kill and what follows; who has the guest then."""
+    if victim is Victim.SERVING:
+        time.sleep(random_.uniform(0, KILL_WITHIN_S))
+        series.kill([series.vmm])
+        series.attach()
+        return "attached"
+    old, new = series.vmm, series.migrate()
+    time.sleep(random_.uniform(0, HANDOVER_KILL_WITHIN_S))
+    series.kill({Victim.OLD: [old], Victim.NEW: [new], Victim.BOTH: [old, new]}[victim])
+    return series.find([old, new])
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
+    seed = arguments.seed if arguments.seed is not None else random.randrange(1 << 32)
+    random_ = random.Random(seed)
+    plan = [Victim.SERVING] * arguments.kills
+    plan += [
+        victim for victim in (Victim.OLD, Victim.NEW, Victim.BOTH) for _ in range(arguments.handover_kills)
+    ]
+    random_.shuffle(plan)
+    kills: Counter[Victim] = Counter()
+    outcomes: Counter[tuple[Victim, str]] = Counter()
+    memory = parse_size(arguments.memory, "--memory")
+    with CrashSeries("sentinel", mode="adopt", memory=memory, cpus=arguments.cpus) as series:
+        for number, victim in enumerate(plan, 1):
+            outcomes[victim, _strike(series, victim, random_)] += 1
+            kills[victim] += 1
+            if errors := series.check():
+                raise GuestCrash(f"the guest found {errors} errors after kill {number}, of {victim.value}")
+            if number % 20 == 0:
+                host.say(f"{number} of {len(plan)} kills")
+        record = series.finish()
+    rows = [
+        [
+            victim.value,
+            str(kills[victim]),
+            str(outcomes[victim, "survivor"]),
+            str(outcomes[victim, "attached"]),
+        ]
+        for victim in Victim
+    ]
+    result = {
+        "benchmark": "crash",
+        "host": host.description(),
+        "seed": seed,
+        "kills": {victim.name.lower(): kills[victim] for victim in Victim},
+        "outcomes": {
+            victim.name.lower(): {how: outcomes[victim, how] for how in ("survivor", "attached")}
+            for victim in Victim
+        },
+        "alive": sum(kills.values()),
+        "guest": record.as_dict()["guest"],
+    }
+    text = [
+        *table(("killed", "times", "a VMM had the guest", "a fresh one attached"), rows),
+        f"guests alive: {sum(kills.values())} of {len(plan)}; errors found by the guest: {record.ending.errors}",
+    ]
+    return result, text, record.good

@@ -20,7 +20,6 @@ from vmm.cli.handover import unix_channel
 from vmm.cli.launch import LaunchedVmm
 from vmm.cli.series import POLL_S, START_S, Series
 from vmm.errors import GuestCrash, PeerError, VmmError
-from vmm.qmp.client import QmpClient
 from vmm.report.table import table
 from vmm.units import parse_size
 
@@ -207,6 +206,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
     }
     text = [
         *table(("killed", "times", "a VMM had the guest", "a fresh one attached"), rows),
-        f"guests alive: {sum(kills.values())} of {len(plan)}; errors found by the guest: {record.ending.errors}",
+        f"guests alive: {sum(kills.values())} of {len(plan)}",
+        f"errors found by the guest: {record.ending.errors}",
     ]
     return result, text, record.good

@@ -49,7 +49,7 @@ def environment(python: str | None = None) -> Mapping[str, str]:
 
 
 class LaunchedVmm:
-    """`vmm run ARGUMENTS…`, or another `verb` that serves a guest, started. `monitor` is where it answers QMP."""
+    """`vmm run ARGUMENTS…`, or another `verb`, started. `monitor` is where it answers QMP."""
 
     def __init__(
         self,

@@ -1,0 +1,426 @@
+"""The state of vCPUs and chips from one VM to the next, by the classes that a handover uses; no guest runs.
+
+Times on CLOCK_MONOTONIC, which is what KVM's own timers count on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from tests.kvm.real_mode import Ram, ram_of
+from vmm.fds import FdStore
+from vmm.kvm import Cap, MpState, System, Vcpu, Vm, abi
+from vmm.machine import lapic_state as lapic
+from vmm.machine.kvm_state import VcpuFacts, VcpuState, VmState, vm_pieces
+from vmm.machine.msr_state import IA32_TSC, MsrList, kernel_list
+from vmm.machine.tsc_state import TscState
+from vmm.state import Arena
+
+pytestmark = pytest.mark.kvm
+
+MS = 1_000_000
+TIMER_VECTOR = 0x51
+MSR_TSC_DEADLINE = 0x6E0
+SPIV_ENABLED = lapic.SOFTWARE_ENABLE | 0xFF
+
+
+class Side:
+    """A VM with its vCPUs, on a state memfd that it shares with others."""
+
+    def __init__(self, arena: Arena, ram: Ram, cpus: int = 1) -> None:
+        with ExitStack() as stack:
+            self.system = stack.enter_context(System())
+            self.vm: Vm = stack.enter_context(self.system.create_vm())
+            self.vm.set_tss_address()
+            self.vm.set_identity_map()
+            for cap in (Cap.EXCEPTION_PAYLOAD, Cap.X86_TRIPLE_FAULT_EVENT):
+                if self.vm.check(cap):
+                    self.vm.enable_cap(cap, 0, 1)
+            ram.give(self.vm)  # entering KVM_RUN, if only to leave it, wants some
+            self.vm.create_irqchip()
+            self.vm.create_pit()
+            self.vcpus: list[Vcpu] = [stack.enter_context(self.vm.create_vcpu(n)) for n in range(cpus)]
+            for vcpu in self.vcpus:
+                vcpu.set_cpuid(self.system.supported_cpuid())
+                vcpu.bind_thread()
+            nested = self.vm.check(Cap.NESTED_STATE)
+            facts = VcpuFacts(self.vm.check, self.vm.xsave_size, True, nested)
+            msrs = MsrList.probe(self.vcpus[0], kernel_list(self.system))
+            self.states = [VcpuState(arena, vcpu, facts, msrs) for vcpu in self.vcpus]
+            self.tscs = [TscState(arena, vcpu) for vcpu in self.vcpus]
+            self.chips = VmState(arena, self.vm, vm_pieces(irqchip=True, pit=True))
+            self.close = stack.pop_all().close
+
+    @property
+    def vcpu(self) -> Vcpu:
+        return self.vcpus[0]
+
+    def settle(self) -> None:
+        self.vcpu.kick()
+        assert not self.vcpu.run()
+
+    def save(self) -> None:
+        self.states[0].look(self.settle, None)
+        self.chips.save()
+        for tsc, vcpu in zip(self.tscs, self.vcpus, strict=True):
+            tsc.save(self.vm, vcpu)
+        for state in self.states:
+            state.save()
+
+    def load(self) -> None:
+        for tsc, vcpu in zip(self.tscs, self.vcpus, strict=True):
+            tsc.prepare(self.vm, vcpu)
+        for state in self.states:
+            state.load()
+        self.chips.load()
+
+    def lapic(self) -> abi.kvm_lapic_state:
+        state = abi.kvm_lapic_state()
+        self.vcpu.get_lapic(state)
+        return state
+
+    def get(self, name: str) -> Any:
+        structure = {
+            "events": abi.kvm_vcpu_events,
+            "mp_state": abi.kvm_mp_state,
+            "regs": abi.kvm_regs,
+            "xsave": abi.kvm_xsave,
+            "xcrs": abi.kvm_xcrs,
+            "debugregs": abi.kvm_debugregs,
+            "sregs2": abi.kvm_sregs2,
+        }[name]()
+        getattr(self.vcpu, f"get_{name}")(structure)
+        return structure
+
+    def change(self, name: str, **values: Any) -> None:
+        structure = self.get(name)
+        for path, value in values.items():
+            *inner, last = path.split("__")
+            target = structure
+            for step in inner:
+                target = getattr(target, step)
+            setattr(target, last, value)
+        getattr(self.vcpu, f"set_{name}")(structure)
+
+
+@pytest.fixture
+def fds() -> Iterator[FdStore]:
+    store = FdStore()
+    yield store
+    store.close()
+
+
+@contextmanager
+def sides(fds: FdStore, cpus: int = 1) -> Iterator[tuple[Side, Callable[[], Side]]]:
+    """A VM, and a maker of further ones; making one ends the one before, as a handover does."""
+    arena = Arena.open(fds)
+    with ram_of(b"\xf4") as ram:
+        current = Side(arena, ram, cpus)
+
+        def hand_over() -> Side:
+            nonlocal current
+            new = Side(arena, ram, cpus)
+            try:
+                current.save()
+                new.load()
+            except BaseException:
+                new.close()
+                raise
+            current.close()
+            current = new
+            return new
+
+        try:
+            yield current, hand_over
+        finally:
+            current.close()
+
+
+# --- what is in flight ---
+
+EVENTS = {
+    "nmi-pending": {"nmi__pending": 1, "flags": abi.KVM_VCPUEVENT_VALID_NMI_PENDING},
+    "nmi-masked": {"nmi__masked": 1},
+    "interrupt-injected": {"interrupt__injected": 1, "interrupt__nr": 0x51},
+    "soft-interrupt-injected": {"interrupt__injected": 1, "interrupt__nr": 0x80, "interrupt__soft": 1},
+    "exception-injected": {"exception__injected": 1, "exception__nr": 13, "exception__has_error_code": 1},
+    "interrupt-shadow": {"interrupt__shadow": 1, "flags": abi.KVM_VCPUEVENT_VALID_SHADOW},
+}
+
+
+@pytest.mark.parametrize("changes", EVENTS.values(), ids=EVENTS)
+def test_what_is_about_to_happen(changes: dict[str, int], fds: FdStore) -> None:
+    with sides(fds) as (old, hand_over):
+        fresh = bytes(old.get("events"))
+        old.change("events", **changes)
+        before = bytes(old.get("events"))
+        if before == fresh:
+            pytest.skip("this KVM does not keep that event between two ioctls")
+        assert bytes(hand_over().get("events")) == before
+
+
+def test_a_pending_exception_with_its_payload(fds: FdStore) -> None:
+    """A page fault that is pending and not delivered yet: CR2 still has its old value."""
+    with sides(fds) as (old, hand_over):
+        if not old.vm.check(Cap.EXCEPTION_PAYLOAD):
+            pytest.skip("this kernel has no KVM_CAP_EXCEPTION_PAYLOAD (Linux 4.20)")
+        events = old.get("events")
+        events.flags |= abi.KVM_VCPUEVENT_VALID_PAYLOAD
+        events.exception.pending, events.exception.nr = 1, 14
+        events.exception.has_error_code, events.exception.error_code = 1, 2
+        events.exception_has_payload, events.exception_payload = 1, 0x1234_5000
+        old.vcpu.set_events(events)
+        new = hand_over()
+        kept = new.get("events")
+        assert (kept.exception.pending, kept.exception.nr, kept.exception.error_code) == (1, 14, 2)
+        assert (kept.exception_has_payload, kept.exception_payload) == (1, 0x1234_5000)
+        assert new.get("sregs2").cr2 == 0
+
+
+def test_a_queued_nmi(fds: FdStore) -> None:
+    with sides(fds) as (old, hand_over):
+        old.vcpu.nmi()
+        assert hand_over().get("events").nmi.pending == 1
+
+
+@pytest.mark.parametrize(
+    "state", [MpState.RUNNABLE, MpState.UNINITIALIZED, MpState.HALTED, MpState.INIT_RECEIVED]
+)
+def test_what_a_vcpu_waits_for(state: MpState, fds: FdStore) -> None:
+    with sides(fds) as (old, hand_over):
+        old.vcpu.set_mp_state(abi.kvm_mp_state(state))
+        assert hand_over().get("mp_state").mp_state == state
+
+
+def test_a_vcpu_that_was_sent_sipi_starts_there(fds: FdStore) -> None:
+    """KVM has it start when its state is asked for: its registers are those of the start then."""
+    vector = 0x12
+    with sides(fds, cpus=2) as (old, hand_over):
+        second = old.vcpus[1]
+        second.set_mp_state(abi.kvm_mp_state(MpState.SIPI_RECEIVED))
+        events = abi.kvm_vcpu_events()
+        second.get_events(events)
+        events.sipi_vector, events.flags = vector, events.flags | abi.KVM_VCPUEVENT_VALID_SIPI_VECTOR
+        second.set_events(events)
+        new = hand_over()
+        mp_state, sregs, regs = abi.kvm_mp_state(), abi.kvm_sregs2(), abi.kvm_regs()
+        new.vcpus[1].get_mp_state(mp_state)
+        new.vcpus[1].get_sregs2(sregs)
+        new.vcpus[1].get_regs(regs)
+        assert mp_state.mp_state == MpState.RUNNABLE
+        assert (sregs.cs.selector, sregs.cs.base, regs.rip) == (vector << 8, vector << 12, 0)
+
+
+# --- registers ---
+
+
+def test_extended_registers(fds: FdStore) -> None:
+    mxcsr, xmm0, xstate_bv = 6, 40, 128  # words of the XSAVE area: Intel SDM vol. 1, 13.4
+    with sides(fds) as (old, hand_over):
+        xsave = old.get("xsave")
+        xsave.region[xstate_bv] |= 3
+        xsave.region[mxcsr] = 0x1FA0
+        for word in range(64):
+            xsave.region[xmm0 + word] = 0x0101_0101 * word
+        old.vcpu.set_xsave(xsave)
+        before = bytes(old.get("xsave"))
+        assert bytes(hand_over().get("xsave")) == before
+
+
+def test_every_msr_that_takes_another_value(fds: FdStore) -> None:
+    """No list of MSRs: whatever this kernel gives, each is changed where it can be, and moved."""
+    with sides(fds) as (old, hand_over):
+        values = old.states[0].sections["msrs"]
+        old.vcpu.get_msrs(values)
+        changed = {}
+        for entry in values.entries:
+            assert entry.index != IA32_TSC
+            single = type(values)(nmsrs=1)
+            single.entries[0] = abi.kvm_msr_entry(index=entry.index, data=entry.data ^ 0x1000)
+            if entry.index == MSR_TSC_DEADLINE or not old.vcpu.set_msrs(single):
+                continue
+            old.vcpu.get_msrs(single)
+            changed[entry.index] = single.entries[0].data
+        assert len(changed) > 8
+        new = hand_over()
+        again = type(values)(nmsrs=len(values.entries))
+        for slot, entry in zip(again.entries, values.entries, strict=True):
+            slot.index = entry.index
+        new.vcpu.get_msrs(again)
+        found = {entry.index: entry.data for entry in again.entries}
+        assert {index: f"{found[index]:#x}" for index in changed} == {
+            index: f"{data:#x}" for index, data in changed.items()
+        }
+
+
+def test_nested_state(fds: FdStore) -> None:
+    """Of a vCPU that may run guests and has none: the flags that it is asked for are kept."""
+    with sides(fds) as (old, hand_over):
+        if not old.vm.check(Cap.NESTED_STATE):
+            pytest.skip("this KVM has no nested state: its guests run no guests")
+        old.save()
+        before = bytes(old.states[0].sections["nested"])
+        new = hand_over()
+        new.save()
+        assert bytes(new.states[0].sections["nested"]) == before
+
+
+def test_the_tsc_offset_is_the_same_cycle(fds: FdStore) -> None:
+    with sides(fds, cpus=2) as (old, hand_over):
+        if not old.vm.check(Cap.VCPU_ATTRIBUTES):
+            pytest.skip("this kernel has no KVM_VCPU_TSC_OFFSET (Linux 5.16)")
+        for vcpu in old.vcpus:
+            vcpu.tsc_offset = 2**64 - 0x1234_5678_9ABC - vcpu.index
+        offsets = [vcpu.tsc_offset for vcpu in old.vcpus]
+        for _ in range(5):
+            assert [vcpu.tsc_offset for vcpu in hand_over().vcpus] == offsets
+
+
+# --- the LAPIC timer ---
+
+
+def start_timer(side: Side, mode: lapic.TimerMode, count_ns: int, *, masked: bool = False) -> None:
+    state = side.lapic()
+    lapic.write_register(state, lapic.SPURIOUS, SPIV_ENABLED)
+    lapic.write_register(state, lapic.LVT_TIMER, mode << 17 | masked << 16 | TIMER_VECTOR)
+    lapic.write_register(state, lapic.DIVIDE, 0b1011)
+    lapic.write_register(state, lapic.INITIAL_COUNT, count_ns)
+    lapic.write_register(state, lapic.CURRENT_COUNT, count_ns)
+    side.vcpu.set_lapic(state)
+
+
+def expires_ns(side: Side) -> int:
+    """When the timer expires next, as well as that can be read."""
+    readings = []
+    for _ in range(9):
+        before_ns = time.monotonic_ns()
+        left_ns = lapic.remaining_ns(side.lapic())
+        readings.append((time.monotonic_ns() - before_ns, before_ns + left_ns))
+    return min(readings)[1]
+
+
+def requested(side: Side) -> bool:
+    side.settle()
+    at, bit = TIMER_VECTOR // 32 * 0x10, 1 << TIMER_VECTOR % 32
+    return bool(lapic.read_register(side.lapic(), lapic.REQUEST + at) & bit)
+
+
+def test_a_one_shot_timer_expires_when_it_was_to(fds: FdStore) -> None:
+    with sides(fds) as (old, hand_over):
+        start_timer(old, lapic.TimerMode.ONE_SHOT, 400 * MS)
+        due_ns = expires_ns(old)
+        for _ in range(5):
+            new = hand_over()
+            assert not requested(new)
+        assert abs(expires_ns(new) - due_ns) < MS
+        time.sleep(max(due_ns - time.monotonic_ns() + 20 * MS, 0) / 1e9)
+        assert requested(hand_over())
+
+
+def test_a_one_shot_timer_that_expires_on_the_way(fds: FdStore) -> None:
+    with sides(fds) as (old, hand_over):
+        start_timer(old, lapic.TimerMode.ONE_SHOT, 2 * MS)
+        time.sleep(0.02)
+        new = hand_over()
+        time.sleep(0.005)
+        assert requested(new)
+        assert lapic.read_register(new.lapic(), lapic.CURRENT_COUNT) == 0
+
+
+def test_a_periodic_timer_keeps_step(fds: FdStore) -> None:
+    """Over many moves its ticks stay on one grid, to what a reading here can miss by."""
+    period_ns, moves = 20 * MS, 40
+    with sides(fds) as (old, hand_over):
+        start_timer(old, lapic.TimerMode.PERIODIC, period_ns)
+        first_ns = expires_ns(old)
+        for _ in range(moves - 1):
+            hand_over()
+        off_ns = (expires_ns(hand_over()) - first_ns + period_ns // 2) % period_ns - period_ns // 2
+        assert abs(off_ns) < moves * 100_000  # measured: 5 to 20 µs a move
+
+
+def test_a_tick_of_a_periodic_timer_is_not_lost(fds: FdStore) -> None:
+    """It expired while the vCPU was out of KVM_RUN, where KVM only notes it."""
+    with sides(fds) as (old, hand_over):
+        start_timer(old, lapic.TimerMode.PERIODIC, 200 * MS)
+        time.sleep(0.21)
+        at, bit = TIMER_VECTOR // 32 * 0x10, 1 << TIMER_VECTOR % 32
+        assert not lapic.read_register(old.lapic(), lapic.REQUEST + at) & bit
+        new = hand_over()
+        assert lapic.read_register(new.lapic(), lapic.REQUEST + at) & bit
+
+
+@pytest.mark.parametrize("due_ms", [-5, 500])
+def test_a_tsc_deadline(due_ms: int, fds: FdStore) -> None:
+    """One that is past requests its interrupt in the new VM, one in the future stays a deadline."""
+    with sides(fds) as (old, hand_over):
+        if not old.vm.check(Cap.TSC_DEADLINE_TIMER):
+            pytest.skip("this KVM has no TSC-deadline timer")
+        start_timer(old, lapic.TimerMode.TSC_DEADLINE, 0)
+        clock = abi.kvm_clock_data()
+        old.vm.set_clock(clock)
+        old.vm.get_clock(clock)
+        if not clock.flags & abi.KVM_CLOCK_HOST_TSC:
+            pytest.skip("this host's KVM_GET_CLOCK gives no TSC")
+        deadline = (clock.host_tsc + old.vcpu.tsc_offset + due_ms * old.vcpu.tsc_khz) % 2**64
+        block = type(old.states[0].sections["msrs"])(nmsrs=1)
+        block.entries[0] = abi.kvm_msr_entry(index=MSR_TSC_DEADLINE, data=deadline)
+        assert old.vcpu.set_msrs(block) == 1
+        new = hand_over()
+        new.vcpu.get_msrs(block)
+        assert block.entries[0].data == deadline
+        assert requested(new) == (due_ms < 0)
+
+
+# --- the PIT ---
+
+
+def test_a_pit_channel_that_counts_down_once_goes_on(fds: FdStore) -> None:
+    with sides(fds) as (old, hand_over):
+        pit = abi.kvm_pit_state2()
+        old.vm.get_pit2(pit)
+        pit.channels[2].mode, pit.channels[2].count, pit.channels[2].gate = 0, 0xFFFF, 1
+        old.vm.set_pit2(pit)
+        began_ns = time.monotonic_ns()
+        time.sleep(0.02)
+        new = hand_over()
+        loaded = abi.kvm_pit_state2()
+        new.vm.get_pit2(loaded)
+        gone = 0xFFFF - loaded.channels[2].count
+        elapsed_ns = loaded.channels[2].count_load_time - began_ns
+        assert gone == pytest.approx(elapsed_ns * 1_193_182 / 1e9, abs=120)  # 100 µs
+
+
+def test_chips_are_bit_for_bit(fds: FdStore) -> None:
+    with sides(fds) as (old, hand_over):
+        for chip_id in range(abi.KVM_NR_IRQCHIPS):
+            chip = abi.kvm_irqchip()
+            old.vm.get_irqchip(chip_id, chip)
+            if chip_id == abi.KVM_IRQCHIP_IOAPIC:
+                chip.chip.ioapic.redirtbl[7].fields.vector = 0x77
+            else:
+                chip.chip.pic.irq_base, chip.chip.pic.imr = 0x20 + 8 * chip_id, 0xA5
+            old.vm.set_irqchip(chip)
+        before = [chip_of(old, chip_id) for chip_id in range(abi.KVM_NR_IRQCHIPS)]
+        new = hand_over()
+        assert [chip_of(new, chip_id) for chip_id in range(abi.KVM_NR_IRQCHIPS)] == before
+
+
+def chip_of(side: Side, chip_id: int) -> bytes:
+    chip = abi.kvm_irqchip()
+    side.vm.get_irqchip(chip_id, chip)
+    return bytes(chip)
+
+
+def test_the_sections_are_the_kernels_own_structures(fds: FdStore) -> None:
+    with sides(fds) as (old, _):
+        sizes = {name: ctypes.sizeof(section) for name, section in old.states[0].sections.items()}
+        assert sizes["regs"] == ctypes.sizeof(abi.kvm_regs)
+        assert sizes["xsave"] == old.vm.xsave_size
+        assert sizes["lapic"] == ctypes.sizeof(abi.kvm_lapic_state) + 8

@@ -25,6 +25,7 @@ class FdKind(Enum):
     """What an fd is, read from the kernel and never from its name."""
 
     MEMFD = "memfd"
+    GUEST_MEMFD = "guest_memfd"
     SOCKET = "socket"
     PIPE = "pipe"
     TTY = "tty"
@@ -34,18 +35,22 @@ class FdKind(Enum):
     EVENTFD = "eventfd"
     KVM_VM = "kvm-vm"
     KVM_VCPU = "kvm-vcpu"
+    KVM_STATS = "kvm-stats"
     OTHER = "other"
 
 
+SIZED = frozenset({FdKind.MEMFD, FdKind.GUEST_MEMFD})
 STREAMS = frozenset({FdKind.SOCKET, FdKind.PIPE, FdKind.TTY, FdKind.CHARACTER, FdKind.FILE})
 
 # The kinds that a name may stand for; a received fd of another kind is refused.
 EXPECTED_KINDS: dict[str, frozenset[FdKind]] = {
     "ram": frozenset({FdKind.MEMFD}),
+    "guest-memfd": frozenset({FdKind.GUEST_MEMFD}),
     "state": frozenset({FdKind.MEMFD}),
     "token": frozenset({FdKind.MEMFD}),
     "vm": frozenset({FdKind.KVM_VM}),
     "vcpu": frozenset({FdKind.KVM_VCPU}),
+    "kvm-stats": frozenset({FdKind.KVM_STATS}),
     "fresh": frozenset({FdKind.MEMFD}),
     "irqfd": frozenset({FdKind.EVENTFD}),
     "kvm": frozenset({FdKind.CHARACTER}),
@@ -63,7 +68,9 @@ EXPECTED_KINDS: dict[str, frozenset[FdKind]] = {
 
 @dataclass(frozen=True)
 class FdIdentity:
-    """What the kernel says of an fd: its kind, its size in bytes and its seals (both 0 where it has none)."""
+    """What the kernel says of an fd: its kind, its size in bytes and its seals (both 0 where it has none; a
+    guest_memfd's size never changes, so it needs no seals).
+    """
 
     kind: FdKind
     size: int
@@ -72,8 +79,10 @@ class FdIdentity:
 
 _ANON_INODES = {
     "anon_inode:kvm-vm": FdKind.KVM_VM,
+    "anon_inode:kvm-vm-stats": FdKind.KVM_STATS,
     "anon_inode:[eventfd]": FdKind.EVENTFD,
 }
+_GUEST_MEMFD_INODES = ("anon_inode:[kvm-gmem]", "/[kvm-gmem] (deleted)")  # the latter from Linux 6.19 on
 _VCPU_INODE = re.compile(r"anon_inode:kvm-vcpu(:\d+)?")
 
 
@@ -85,6 +94,8 @@ def identify(fd: int) -> FdIdentity:
         return FdIdentity(_ANON_INODES[target], 0, 0)
     if _VCPU_INODE.fullmatch(target):
         return FdIdentity(FdKind.KVM_VCPU, 0, 0)
+    if target in _GUEST_MEMFD_INODES:
+        return FdIdentity(FdKind.GUEST_MEMFD, info.st_size, 0)
     if stat.S_ISREG(info.st_mode):
         if target.startswith("/memfd:"):
             return FdIdentity(FdKind.MEMFD, info.st_size, fcntl.fcntl(fd, fcntl.F_GET_SEALS))
@@ -102,8 +113,8 @@ def identify(fd: int) -> FdIdentity:
 
 
 def check_received(name: str, index: int, fd: int, size: int | None = None) -> FdIdentity:
-    """Check that a received fd is what its name claims; memfds must be sealed and, where `size` is given, of
-    that size.
+    """Check that a received fd is what its name claims; memfds must be sealed and they and guest_memfds,
+    where `size` is given, of that size.
 
     Raises StateError that names the fd, what was expected and what came.
     """
@@ -118,13 +129,10 @@ def check_received(name: str, index: int, fd: int, size: int | None = None) -> F
         raise StateError(
             f"fd {name}/{index} is a {identity.kind.value} where a {kinds} was expected; refused"
         )
-    if identity.kind is FdKind.MEMFD:
-        if identity.seals & RAM_SEALS != RAM_SEALS:
-            raise StateError(f"fd {name}/{index} is not sealed against shrinking and growing; refused")
-        if size is not None and identity.size != size:
-            raise StateError(
-                f"fd {name}/{index} has {identity.size} bytes where {size} were expected; refused"
-            )
+    if identity.kind is FdKind.MEMFD and identity.seals & RAM_SEALS != RAM_SEALS:
+        raise StateError(f"fd {name}/{index} is not sealed against shrinking and growing; refused")
+    if identity.kind in SIZED and size is not None and identity.size != size:
+        raise StateError(f"fd {name}/{index} has {identity.size} bytes where {size} were expected; refused")
     return identity
 
 

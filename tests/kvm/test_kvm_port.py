@@ -126,6 +126,10 @@ class RecordingPort:
         self.calls.append(("drop", name, index))
 
     @property
+    def process(self) -> int:
+        return 0
+
+    @property
     def identity(self) -> int:
         return 0
 

@@ -33,6 +33,7 @@ NAP_S = 0.01
 NO_FD = -1
 
 KEEPER_NAME, SLOTS_NAME, GO_NAME, DONE_NAME = "keeper", "kvm-slots", "kvm-go", "kvm-done"
+GUEST_MEMFD_NAME = "guest-memfd"  # given to what KVM_CREATE_GUEST_MEMFD makes, in its order
 ADMITTED_NAME = "admitted"  # what has no other name; of no use to the next VMM
 
 
@@ -281,6 +282,11 @@ class KeeperPort:
         return ours
 
     @property
+    def process(self) -> int:
+        """See `Port.process`: the keeper's pid."""
+        return self.pid
+
+    @property
     def identity(self) -> int:
         """See `Port.identity`: a random number of the keeper's."""
         return self._identity
@@ -327,7 +333,11 @@ class KeeperPort:
         self._sock.close()
 
     def store(self, name: str, index: int, fd: int) -> None:
-        """Have the keeper hold a copy of `fd` under that name, for whoever attaches after this process."""
+        """Have the keeper hold a copy of `fd` under that name, for whoever attaches after this process. What
+        the keeper has made it holds already.
+        """
+        if self._names.get((name, index)) == fd:
+            return
         payload = keeper.NAME.pack(name.encode(), index, 0)
         _, payload, _ = self._do(keeper.OP_STORE, f"hold {name}/{index}", payload=payload, fds=[fd])
         self._numbers[fd] = int.from_bytes(payload, sys.byteorder)
@@ -365,8 +375,7 @@ class KeeperPort:
     def admit(self, fd: int) -> None:
         """Have the keeper hold a copy of `fd`, which calls will name."""
         if fd not in self._names.values():
-            free = next(index for index in count() if (ADMITTED_NAME, index) not in self._names)
-            self.store(ADMITTED_NAME, free, fd)
+            self.store(ADMITTED_NAME, self._free(ADMITTED_NAME), fd)
 
     def forget(self, fd: int) -> None:
         """See `Port.forget`."""
@@ -387,7 +396,12 @@ class KeeperPort:
         self._numbers[fds[0]] = int.from_bytes(payload, sys.byteorder)
         if request is abi.KVM_CREATE_VM:
             self._name("vm", 0, fds[0])
+        elif request is abi.KVM_CREATE_GUEST_MEMFD:
+            self._name(GUEST_MEMFD_NAME, self._free(GUEST_MEMFD_NAME), fds[0])
         return fds[0]
+
+    def _free(self, name: str) -> int:
+        return next(index for index in count() if (name, index) not in self._names)
 
     def _ioctl(self, op: int, fd: int, request: Ioctl, arg: Argument) -> tuple[int, bytes, list[int]]:
         if isinstance(arg, int):
@@ -442,12 +456,22 @@ class KeeperPort:
     ) -> None:
         """See `Port.set_user_memory`; the keeper maps the memfd in its own address space."""
         self.admit(memfd)
-        payload = self._number(memfd).to_bytes(4, sys.byteorder) + b"\xff" * 4 + bytes(8)
-        _, number, _, _ = self._ask(
-            keeper.OP_MEMORY, self._number(vm_fd), 0, [slot | flags << 32, gpa, size, offset], payload
-        )
+        payload = keeper.MEMORY.pack(self._number(memfd), keeper.NO_FD, 0)
+        self._memory(abi.KVM_SET_USER_MEMORY_REGION, vm_fd, [slot | flags << 32, gpa, size, offset], payload)
+
+    def set_guest_memory(
+        self, vm_fd: int, slot: int, flags: int, gpa: int, size: int, hva: int, guest_memfd: int, offset: int
+    ) -> None:
+        """See `Port.set_guest_memory`; the keeper maps the guest_memfd in its own address space."""
+        number = self._number(guest_memfd)
+        payload = keeper.MEMORY.pack(number if hva else keeper.NO_FD, number, offset)
+        flags |= abi.KVM_MEM_GUEST_MEMFD
+        self._memory(abi.KVM_SET_USER_MEMORY_REGION2, vm_fd, [slot | flags << 32, gpa, size, offset], payload)
+
+    def _memory(self, request: Ioctl, vm_fd: int, arguments: list[int], payload: bytes) -> None:
+        _, number, _, _ = self._ask(keeper.OP_MEMORY, self._number(vm_fd), 0, arguments, payload)
         if number:
-            raise ioctl_error(number, abi.KVM_SET_USER_MEMORY_REGION)
+            raise ioctl_error(number, request)
 
     def get_dirty_log(self, vm_fd: int, slot: int, bitmap: Bitmap) -> None:
         """See `Port.get_dirty_log`."""

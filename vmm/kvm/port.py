@@ -3,7 +3,8 @@
 Linux binds a VM to the address space that created it and answers EIO to any other (`kvm->mm != current->mm`,
 in virt/kvm/kvm_main.c). `DirectPort` issues the calls in this process; another port may have them carried out
 in the process that owns the VM. So whatever an argument points to must be said by the protocol's own methods
-(`set_user_memory`, `get_attr`, `get_dirty_log`), and an fd inside a structure is named by `Ioctl.fds`.
+(`set_user_memory`, `set_guest_memory`, `get_attr`, `get_dirty_log`), and an fd inside a structure is named
+by `Ioctl.fds`.
 
 A port must never retry a call, and never keep an argument after the call.
 """
@@ -92,6 +93,16 @@ class Port(Protocol):
         """
         ...
 
+    def set_guest_memory(
+        self, vm_fd: int, slot: int, flags: int, gpa: int, size: int, hva: int, guest_memfd: int, offset: int
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2 with KVM_MEM_GUEST_MEMFD; `flags` are further ones.
+
+        As `set_user_memory`, of a guest_memfd of this VM's; `hva` is 0 where it cannot be mapped, and then no
+        port maps it.
+        """
+        ...
+
     def get_dirty_log(self, vm_fd: int, slot: int, bitmap: Bitmap) -> None:
         """KVM_GET_DIRTY_LOG into `bitmap`: a bit for each page of the slot, in whole 64-bit words."""
         ...
@@ -157,6 +168,11 @@ class Port(Protocol):
 
     def detach(self) -> None:
         """Be it no more."""
+        ...
+
+    @property
+    def process(self) -> int:
+        """The pid of the process that the VM lives in."""
         ...
 
     @property
@@ -261,6 +277,14 @@ class DirectPort:
         region = abi.kvm_userspace_memory_region(slot, flags, gpa, size, hva)
         self.ioctl(vm_fd, abi.KVM_SET_USER_MEMORY_REGION, region)
 
+    def set_guest_memory(
+        self, vm_fd: int, slot: int, flags: int, gpa: int, size: int, hva: int, guest_memfd: int, offset: int
+    ) -> None:
+        region = abi.kvm_userspace_memory_region2(
+            slot, flags | abi.KVM_MEM_GUEST_MEMFD, gpa, size, hva, offset, guest_memfd
+        )
+        self.ioctl(vm_fd, abi.KVM_SET_USER_MEMORY_REGION2, region)
+
     def get_dirty_log(self, vm_fd: int, slot: int, bitmap: Bitmap) -> None:
         memory = (ctypes.c_char * memoryview(bitmap).nbytes).from_buffer(bitmap)
         log = abi.kvm_dirty_log(slot=slot, dirty_bitmap=addressof(memory))
@@ -320,6 +344,10 @@ class DirectPort:
 
     def detach(self) -> None:
         """Nothing to do: no other process can drive this VM."""
+
+    @property
+    def process(self) -> int:
+        return os.getpid()
 
     @property
     def identity(self) -> int:

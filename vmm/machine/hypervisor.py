@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Sequence
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from vmm.boot.cpuid import guest_cpuid, offers_1gib_pages
-from vmm.errors import StateError
 from vmm.fds import FdStore, check_received, sealed_memfd
 from vmm.kvm import Cap, Port, System, Vcpu, Vm, abi
 from vmm.kvm.capabilities import require
@@ -77,6 +77,8 @@ class Hypervisor:
             self._system = System(port=port)
             require(self._system)
             self._make(memory)
+            if self.vm.check(Cap.BINARY_STATS_FD):
+                fds.get_or_open("kvm-stats", 0, self.vm.stats_fd)
         self.tscs = [TscState(arena, vcpu) for vcpu in self.vcpus]
         if origin is Origin.NEW:
             self.facts.host_khz = self.vcpus[0].tsc_khz
@@ -131,15 +133,13 @@ class Hypervisor:
     # --- gone on with ---
 
     def _take(self, fds: FdStore) -> None:
-        vm_fd = fds.take("vm")
-        if vm_fd is None:
-            raise StateError("fd vm/0 is missing from the fd table")
+        wanted = [("vm", 0), *(("vcpu", index) for index in range(self._config.cpus))]
+        for name, index in wanted:
+            check_received(name, index, fds.get(name, index))
+        vm_fd, *vcpu_fds = (cast(int, fds.take(name, index)) for name, index in wanted)
         self.vm = Vm(vm_fd, self.port, self._system.mmap_size)
         self.vcpus = []
-        for index in range(self._config.cpus):
-            fd = fds.take("vcpu", index)
-            if fd is None:
-                raise StateError(f"fd vcpu/{index} is missing from the fd table")
+        for index, fd in enumerate(vcpu_fds):
             self.vcpus.append(Vcpu(fd, index, self.port, self._system.mmap_size))
             kept_cpuid(self._arena, index)  # the guest's own, for a VMM that rebuilds it later
 
@@ -205,6 +205,14 @@ class Hypervisor:
         for state in self._fresh_vcpus:
             state.load()
         self._fresh_vm.load()
+
+    def stats_id(self, fds: FdStore) -> str | None:
+        """The kernel's name of the VM, the same wherever it is asked; None where this KVM has no counters."""
+        fd = fds.find("kvm-stats")
+        if fd is None:
+            return None
+        header = abi.kvm_stats_header.from_buffer_copy(os.pread(fd, ctypes.sizeof(abi.kvm_stats_header), 0))
+        return os.pread(fd, header.name_size, header.id_offset).split(b"\0")[0].decode()
 
     def close(self, *, for_good: bool) -> None:
         """Close the fds; with `for_good` the VM ends even where it could live on. No vCPU may be in `run`."""

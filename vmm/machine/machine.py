@@ -399,8 +399,11 @@ class Machine:
                 self._enter(final)
 
     def stats(self) -> dict[str, object]:
-        """Counts of what no device claimed, and of resets."""
+        """Counts of what no device claimed, and of resets; and which VM it is, that the kernel knows by `id`
+        and that lives in `process`.
+        """
         return {
+            "vm": {"process": self.hypervisor.port.process, "id": self.hypervisor.stats_id(self.fds)},
             "unclaimed": {
                 bus.name: {
                     **{f"{address:#x}": count for address, count in bus.unclaimed.items()},

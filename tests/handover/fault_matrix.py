@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import mmap
 import os
 import signal
@@ -78,6 +77,7 @@ STEPS = {
         "send_running",
     ),
 }
+KINDS = ("kill", "stop", "delay", "fail", "break", "hang-up", "cancel")
 FAILURES = ("fail", "break")
 CANNOT_FAIL = frozenset({"release_token", "give_up", "run"})
 CANNOT_FAIL_AFTERWARDS = frozenset({"pause", "take_token"})  # either fails, or it has happened
@@ -246,13 +246,18 @@ PROBLEMS = (
 class Outcome:
     """Of one cell."""
 
-    cell: str
+    cell: Cell
     who: str = "nobody"
-    expected: list[str] = field(default_factory=list)
     old: str = ""  # what became of each VMM, in its own words
     new: str = ""
     seconds: float = 0.0
     problems: list[tuple[str, str]] = field(default_factory=list)  # one of PROBLEMS, and what was seen
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        values = asdict(self)
+        values["cell"]["expected"] = sorted(self.cell.expected)
+        return values
 
     def blame(self, kind: str, text: str) -> None:
         """Note a problem."""
@@ -462,7 +467,7 @@ class Matrix:
         """The outcomes, as they come."""
         todo = list(cells)
         for cell, following in zip(todo, [*todo[1:], None], strict=True):
-            outcome = Outcome(str(cell), expected=sorted(cell.expected))
+            outcome = Outcome(cell)
             start = time.monotonic()
             try:
                 self._run_cell(cell, following, outcome)
@@ -674,62 +679,55 @@ def _new_settled(new: Vmm) -> bool:
 # --- the command ---
 
 
+def run_matrix(
+    chosen: list[Cell], *, mode: str, guest: str = "sentinel", show: Callable[[Outcome], None]
+) -> list[Outcome]:
+    """The outcomes of all cells; each is shown as it comes."""
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="vmm-", dir="/tmp") as folder:  # a socket's path has to be short
+        matrix = Matrix(Path(folder), mode=mode, guest=guest)
+        try:
+            for outcome in matrix.run(chosen):
+                show(outcome)
+                outcomes.append(outcome)
+        finally:
+            matrix.close()
+    return outcomes
+
+
 def totals(outcomes: list[Outcome]) -> dict[str, Any]:
     """Counts over all cells."""
     problems = Counter(kind for outcome in outcomes for kind in {kind for kind, _ in outcome.problems})
     return {
         "cells": len(outcomes),
         "passed": sum(not outcome.problems for outcome in outcomes),
-        "guest with": dict(Counter(outcome.who for outcome in outcomes)),
-        **{f"{kind}s": problems[kind] for kind in PROBLEMS},
+        "guest_with": dict(Counter(outcome.who for outcome in outcomes)),
+        **{kind.replace(" ", "_"): problems[kind] for kind in PROBLEMS},
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else")
-    parser.add_argument("--mode", choices=("rebuild", "adopt"), default="rebuild")
-    parser.add_argument("--guest", choices=("sentinel", "ticker"), default="sentinel")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cells with TEXT in their name")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run the matrix; 1 where a cell has a problem."""
-    chosen = [cell for cell in cells() if arguments.only in str(cell)]
-    outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory(prefix="vmm-", dir="/tmp") as folder:
-        matrix = Matrix(Path(folder), mode=arguments.mode, guest=arguments.guest)
-        try:
-            for outcome in matrix.run(chosen):
-                outcomes.append(outcome)
-                if not arguments.json:
-                    _show(outcome)
-        finally:
-            matrix.close()
-    result = totals(outcomes)
-    if arguments.json:
-        document = {"mode": arguments.mode, **result, "matrix": [asdict(outcome) for outcome in outcomes]}
-        sys.stdout.write(json.dumps(document) + "\n")
-    else:
-        sys.stdout.write("".join(f"{name}: {value}\n" for name, value in result.items()))
-    return 0 if result["passed"] == result["cells"] else 1
-
-
-def _show(outcome: Outcome) -> None:
-    sys.stdout.write(
-        f"{outcome.cell:52} guest: {outcome.who:7} old: {outcome.old[:60]:60} new: {outcome.new[:60]}"
-        f" ({outcome.seconds} s)\n"
-    )
-    for kind, text in outcome.problems:
-        sys.stdout.write(f"    {kind.upper()}: {text}\n")
-    sys.stdout.flush()
+def line(outcome: Outcome) -> str:
+    """One cell for the terminal."""
+    words = f"{outcome.cell!s:58} guest: {outcome.who:7} old: {outcome.old:.70}; new: {outcome.new:.70}"
+    return "".join([words, *(f"\n    {kind.upper()}: {text}" for kind, text in outcome.problems)])
 
 
 def main() -> int:
-    """`python -m tests.handover.fault_matrix`."""
-    parser = argparse.ArgumentParser(prog="faults", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args())
+    """`python -m tests.handover.fault_matrix`: for a look at some cells; scripts/bench faults measures."""
+    parser = argparse.ArgumentParser(prog="fault_matrix")
+    parser.add_argument("only", nargs="?", default="", help="cells with this in their name")
+    parser.add_argument("--mode", choices=("rebuild", "adopt"), default="rebuild")
+    parser.add_argument("--guest", choices=("sentinel", "ticker"), default="sentinel")
+    arguments = parser.parse_args()
+    chosen = [cell for cell in cells() if arguments.only in str(cell)]
+    outcomes = run_matrix(
+        chosen,
+        mode=arguments.mode,
+        guest=arguments.guest,
+        show=lambda outcome: print(line(outcome), flush=True),  # noqa: T201
+    )
+    print(totals(outcomes))  # noqa: T201
+    return int(any(outcome.problems for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ SOFTWARE_ENABLE: Final = 1 << 8  # of SPURIOUS
 MASKED: Final = 1 << 16  # of LVT_TIMER
 BUS_CYCLE_NS: Final = 1_000_000 // KVM_APIC_BUS_KHZ
 
+IN_STEP_NS: Final = 200_000
 NEVER_NS: Final = 1 << 64
 MOST_READINGS: Final = 8
 NEAR_NS: Final = 50_000  # a reading that took longer is repeated: when in it the kernel looked is unknown
@@ -55,10 +56,15 @@ class TimerMode(IntEnum):
 
 
 class LapicSection(ctypes.LittleEndianStructure):
-    """The registers, and when on CLOCK_MONOTONIC they were read."""
+    """The registers, when they were read, and when the timer expires, on CLOCK_MONOTONIC."""
 
     taken_ns: int
-    _fields_ = (("registers", abi.kvm_lapic_state), ("taken_ns", ctypes.c_uint64))
+    expires_ns: int
+    _fields_ = (
+        ("registers", abi.kvm_lapic_state),
+        ("taken_ns", ctypes.c_uint64),
+        ("expires_ns", ctypes.c_uint64),
+    )
 
 
 def read_register(state: abi.kvm_lapic_state, offset: int) -> int:
@@ -131,6 +137,26 @@ def save_lapic(vcpu: Vcpu, section: LapicSection) -> None:
     if _counts_alike(registers, section.registers):
         write_register(registers, CURRENT_COUNT, read_register(section.registers, CURRENT_COUNT))
     section.registers = registers
+    _keep_step(section)
+
+
+def _keep_step(section: LapicSection) -> None:
+    """Where the timer is almost in step with what the last handover left, put it into step: each handover is
+    off by some microseconds, and they must not add up.
+    """
+    registers = section.registers
+    left_ns = remaining_ns(registers)
+    if not left_ns:
+        return
+    expires_ns = section.taken_ns + left_ns
+    off_ns = expires_ns - section.expires_ns
+    if timer_mode(registers) is TimerMode.PERIODIC:
+        period_ns = read_register(registers, INITIAL_COUNT) * _unit_ns(registers)
+        off_ns = (off_ns + period_ns // 2) % period_ns - period_ns // 2
+    if abs(off_ns) > IN_STEP_NS:
+        off_ns = 0
+    section.taken_ns -= off_ns
+    section.expires_ns = expires_ns - off_ns
 
 
 def _counts_alike(state: abi.kvm_lapic_state, other: abi.kvm_lapic_state) -> bool:

@@ -56,7 +56,7 @@ class _Runner:
         self.go = go
         self.done = done
         self.leaving = False
-        self.unserved = False  # an exit waits that an earlier VMM has left: `run` returns it without running
+        self.given = 0  # the number of the exit that `run` returned last here: the caller has served it
 
     @property
     def exit(self) -> int:
@@ -65,10 +65,12 @@ class _Runner:
         return int(returned) if called == returned and result == 0 else 0
 
     def proceed(self) -> None:
-        """Have the keeper call KVM_RUN unless it has been told to already: the last exit is served."""
-        words = self.words
-        if words[keeper.CALLED] == words[keeper.RETURNED]:
-            words[keeper.CALLED] += 1
+        """Have the keeper call KVM_RUN, unless it has been told to already or an exit waits that this process
+        has not served. What waits is looked at once: an exit may come at any moment of this.
+        """
+        called, returned, result = (self.words[at] for at in (keeper.CALLED, keeper.RETURNED, keeper.RESULT))
+        if called == returned and (result != 0 or returned == self.given):
+            self.words[keeper.CALLED] = called + 1
             os.eventfd_write(self.go, 1)
 
 
@@ -247,7 +249,6 @@ class KeeperPort:
             )
         self._attached = True
         for runner in self._runners.values():
-            runner.unserved = runner.exit != 0
             runner.leaving = False
 
     def detach(self) -> None:
@@ -514,11 +515,10 @@ class KeeperPort:
         self._words = memoryview(mmap.mmap(fd, keeper.SLOTS_SIZE)).cast("Q")
 
     def run(self, vcpu_fd: int) -> bool:
-        """See `Port.run`. An exit that an earlier VMM left unserved is the first that is returned."""
+        """See `Port.run`. An exit that nobody has served yet is the first that is returned."""
         runner = self._runners[vcpu_fd]
         words = runner.words
-        if not runner.unserved:
-            runner.proceed()
+        runner.proceed()
         while words[keeper.CALLED] != words[keeper.RETURNED]:
             if runner.leaving:
                 return False
@@ -527,7 +527,7 @@ class KeeperPort:
             os.eventfd_read(runner.done)
         result = words[keeper.RESULT]
         if result == 0:
-            runner.unserved = False
+            runner.given = words[keeper.RETURNED]
             return True
         if result in KICKED:
             return False
@@ -548,8 +548,7 @@ class KeeperPort:
         """See `Port.go_on`."""
         runner = self._runners[vcpu_fd]
         runner.leaving = False
-        if not runner.unserved:
-            runner.proceed()
+        runner.proceed()
 
     def pending_exit(self, vcpu_fd: int) -> int:
         """See `Port.pending_exit`."""

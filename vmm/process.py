@@ -48,6 +48,7 @@ from vmm.machine.ports import (
 from vmm.machine.probe import WORKS, drop_old_vm, probe_received_vm
 from vmm.machine.runstate import RunState
 from vmm.memory import layout
+from vmm.memory.guest import FD_NAMES, GUEST_MEMFD
 from vmm.qmp.backend import QmpError
 from vmm.qmp.commands import COMMANDS
 from vmm.qmp.moving import ArrivingClients, LeavingClients
@@ -708,10 +709,16 @@ class VmmProcess:
         differing = differences(self._options.given, config)
         if differing:
             raise refusal(differing)
-        for name, index in (("state", 0), *(("ram", index) for index in range(len(layout(config.memory))))):
+        ram = FD_NAMES[config.memory_backend]
+        for name, index in (("state", 0), *((ram, index) for index in range(len(layout(config.memory))))):
             fds.get(name, index)  # what did not come must not be made anew, and empty
         self._arriving = ArrivingClients(fds)
         choice = self._choose(fds)
+        if choice.method == "rebuild" and config.memory_backend == GUEST_MEMFD:
+            raise HandoverError(
+                f"rebuild ({choice.why}) cannot be: the guest's memory is guest_memfd, which is bound to its "
+                "VM, and no other VM can have it; adopt a VM that has a keeper"
+            )
         self._token = token
         if choice.method == "rebuild":
             self._retired = take_keeper(fds)

@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--name", help="a name for 'vmm list', 'vmm ctl' and 'vmm handover'")
     machine.add_argument("--memory", metavar="SIZE", help="guest RAM, such as 256M (default 128M)")
+    machine.add_argument(
+        "--memory-backend",
+        choices=("memfd", "guest-memfd"),
+        help="what guest RAM is: a memfd, or memory that is bound to the VM (default memfd)",
+    )
     machine.add_argument("--hugepages", metavar="SIZE", help="back RAM with huge pages of 2M or 1G")
     machine.add_argument("--cpus", type=int, metavar="N", help="number of vCPUs (default 1)")
     machine.add_argument("--append", metavar="TEXT", help="the guest's command line")
@@ -104,6 +109,7 @@ def given_values(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     for key in (
         "name",
+        "memory_backend",
         "hugepages",
         "cpus",
         "append",

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from vmm.errors import HostError
-from vmm.kvm.abi import Cap
+from vmm.kvm.abi import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, Cap
 from vmm.kvm.system import System
+
+LOADABLE: Final = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED  # a guest_memfd that can be written
 
 _OLDEST_LINUX: Final = "4.11"  # the first with KVM_CAP_IMMEDIATE_EXIT, the youngest of the required ones
 
@@ -84,7 +86,11 @@ CAPABILITIES: Final = (
     _optional(Cap.NESTED_STATE, "a guest that runs guests, as state", "such a guest cannot be handed over"),
     _optional(Cap.SET_GUEST_DEBUG, "breakpoints and single steps", "no debugging of the guest"),
     _optional(Cap.BINARY_STATS_FD, "KVM's own counters (Linux 5.14)", "no statistics"),
+    _optional(Cap.USER_MEMORY2, "memory slots of guest_memfd (Linux 6.8)", "no guest_memfd"),
     _optional(Cap.GUEST_MEMFD, "memory bound to a VM (Linux 6.8)", "no guest_memfd"),
+    _optional(
+        Cap.GUEST_MEMFD_FLAGS, "such memory that a VMM can map (Linux 6.18)", "no guest in guest_memfd"
+    ),
     _optional(Cap.PRE_FAULT_MEMORY, "second-stage mappings made early (Linux 6.11)", "each page faults once"),
 )
 
@@ -105,3 +111,17 @@ def require(system: System) -> None:
     if missing:
         lacks = ", ".join(f"{capability.name} ({capability.purpose})" for capability in missing)
         raise HostError(f"{system.path} lacks {lacks}; use Linux {_OLDEST_LINUX} or later")
+
+
+def require_guest_memfd(system: System) -> None:
+    """Raises HostError where this host's KVM has no guest_memfd that a VMM can load a guest into."""
+    asked = (Cap.GUEST_MEMFD, Cap.USER_MEMORY2)
+    lacks = [f"KVM_CAP_{cap.name}" for cap in asked if not system.check(cap)]
+    flags = system.check(Cap.GUEST_MEMFD_FLAGS)
+    if not lacks and flags & LOADABLE != LOADABLE:
+        lacks = [f"GUEST_MEMFD_FLAG_MMAP and _INIT_SHARED (KVM_CAP_GUEST_MEMFD_FLAGS is {flags:#x})"]
+    if lacks:
+        raise HostError(
+            f"guest-memfd: {system.path} lacks {' and '.join(lacks)}, so no VMM can load a guest into such "
+            "memory; use Linux 6.18 or later, or the memory backend memfd"
+        )

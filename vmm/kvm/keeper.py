@@ -44,6 +44,7 @@ REPLY = struct.Struct("=iiI")  # result, errno, flags
 PAYLOAD_MAX = 1 << 16
 MESSAGE_MAX = REQUEST.size + PAYLOAD_MAX
 NAME = struct.Struct("=32sII")  # name, id, the keeper's fd
+MEMORY = struct.Struct("=IIQ")  # fds of what is mapped and of a guest_memfd, or NO_FD; offset in that
 FDS_MAX = 4096  # fds the keeper will hold, as far as its limit of open files allows
 FDS_SPARE = 64  # of that limit: its own, its clients', and those of one message
 CLIENTS_MAX = 16
@@ -67,7 +68,7 @@ KICK = signal.SIGUSR1
 OP_HELLO = 0  # HELLO, and a pidfd of the keeper's
 OP_IOCTL = 1  # fd, number, argument or payload -> payload
 OP_CREATE = 2  # the same; the new fd is held and sent back with its number in the reply's payload
-OP_MEMORY = 3  # fd of the VM; slot | flags << 32, gpa, size, offset; payload: the keeper's fd of the memfd
+OP_MEMORY = 3  # fd of the VM; slot | flags << 32, gpa, size, offset in what is mapped; payload MEMORY
 OP_ATTRIBUTE = 4  # number GET/SET/HAS_DEVICE_ATTR; group, attribute, value -> value
 OP_DIRTY_LOG = 5  # fd of the VM; slot, bytes -> payload
 OP_VCPU = 6  # fd of the vCPU; its slot: starts its thread; sends go and done
@@ -440,7 +441,7 @@ class Keeper:
         self, _s: socket.socket, fd: int, request: int, arguments: list[int], payload: bytes, _f: Fds
     ) -> Answer:
         slot_flags, gpa, size, offset = arguments[:4]
-        memfd, guest_memfd, guest_offset = struct.unpack("=IIQ", payload)
+        memfd, guest_memfd, guest_offset = MEMORY.unpack(payload)
         slot, flags = slot_flags & 0xFFFFFFFF, slot_flags >> 32
         mapped = self._map(fd, slot, memfd, size, offset) if size and memfd != NO_FD else None
         region = struct.pack("=IIQQQ", slot, flags, gpa, size, mapped.address if mapped else 0)

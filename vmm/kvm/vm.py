@@ -80,12 +80,23 @@ class Vm:
         """
         self.port.set_user_memory(self.fd, slot, flags, gpa, size, hva, memfd, offset)
 
+    def set_guest_memory(
+        self, slot: int, gpa: int, size: int, hva: int, guest_memfd: int, offset: int, flags: int = 0
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2 with KVM_MEM_GUEST_MEMFD (KVM_CAP_USER_MEMORY2): `gpa` is `size` bytes
+        of `guest_memfd` at `offset`, mapped here at `hva`, or 0 where it cannot be mapped.
+        """
+        self.port.set_guest_memory(self.fd, slot, flags, gpa, size, hva, guest_memfd, offset)
+
     def get_dirty_log(self, slot: int, bitmap: Bitmap) -> None:
         """KVM_GET_DIRTY_LOG: the pages written since the last call, a bit for each, in whole 64-bit words."""
         self.port.get_dirty_log(self.fd, slot, bitmap)
 
     def create_guest_memfd(self, size: int, flags: int = 0) -> int:
-        """KVM_CREATE_GUEST_MEMFD (KVM_CAP_GUEST_MEMFD): an fd of `size` bytes of memory bound to this VM."""
+        """KVM_CREATE_GUEST_MEMFD (KVM_CAP_GUEST_MEMFD): an fd of `size` bytes of memory bound to this VM.
+
+        `flags` are GUEST_MEMFD_FLAG_*, of those that KVM_CAP_GUEST_MEMFD_FLAGS says.
+        """
         return self.port.create(self.fd, abi.KVM_CREATE_GUEST_MEMFD, abi.kvm_create_guest_memfd(size, flags))
 
     def register_coalesced(self, address: int, size: int, pio: bool = False) -> None:

@@ -20,7 +20,7 @@ from vmm.devices.chardev import parse_serial
 from vmm.errors import ConfigError, StateError
 from vmm.machine.names import check_name
 from vmm.memory import layout
-from vmm.memory.guest import HUGE_PAGES
+from vmm.memory.guest import GUEST_MEMFD, HUGE_PAGES
 from vmm.state import Arena
 from vmm.units import MIB, parse_size
 
@@ -38,6 +38,7 @@ class MachineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     load_address: int | None = None
     append: str = ""
     memory: int = 128 * MIB
+    memory_backend: Literal["memfd", "guest-memfd"] = "memfd"
     hugepages: str | None = None
     cpus: int = 1
     serial: str = "stdio"
@@ -55,6 +56,8 @@ class MachineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             raise ConfigError(
                 f"hugepages: {self.hugepages!r} is not a page size; use {' or '.join(HUGE_PAGES)}"
             )
+        if self.hugepages is not None and self.memory_backend == GUEST_MEMFD:
+            raise ConfigError("hugepages: a guest-memfd has none; leave hugepages out or use memfd")
         if not 1 <= self.cpus <= MOST_CPUS:
             raise ConfigError(f"cpus: {self.cpus} is outside 1..{MOST_CPUS}")
         if self.irqchip == "none" and self.cpus > 1:

@@ -1,4 +1,4 @@
-"""The KVM side of a machine: its VM, its vCPUs and KVM's state, made anew or gone on with.
+"""The KVM side of a machine: its VM, its vCPUs, its RAM and KVM's state, made anew or gone on with.
 
 Three origins, one shape. NEW: a VM made for a new guest. REBUILT: a VM made for a guest that another VMM
 stopped, to be loaded from the state memfd. ADOPTED: the very VM of that guest, driven on through the port
@@ -17,7 +17,7 @@ from typing import ClassVar, cast
 from vmm.boot.cpuid import guest_cpuid, offers_1gib_pages
 from vmm.fds import FdStore, check_received, sealed_memfd
 from vmm.kvm import Cap, Port, System, Vcpu, Vm, abi
-from vmm.kvm.capabilities import require
+from vmm.kvm.capabilities import LOADABLE, require, require_guest_memfd
 from vmm.machine.config import MachineConfig
 from vmm.machine.cpuid_state import can_nest, check_cpuid, keep_cpuid, kept_cpuid
 from vmm.machine.guest_clock import GuestClock
@@ -25,6 +25,7 @@ from vmm.machine.kvm_state import XSAVE_SIZE, VcpuFacts, VcpuState, VmState, vm_
 from vmm.machine.msr_state import MsrList, kernel_list
 from vmm.machine.tsc_state import TscState
 from vmm.memory import GuestMemory
+from vmm.memory.guest import GUEST_MEMFD
 from vmm.state import Arena
 from vmm.state.arena import SIZE as ARENA_SIZE
 
@@ -59,16 +60,18 @@ class Hypervisor:
         self,
         config: MachineConfig,
         fds: FdStore,
-        memory: GuestMemory,
         arena: Arena,
         port: Port,
         origin: Origin,
     ) -> None:
-        """Make the VM, or take its fds. Raises HostError, StateError."""
+        """Map RAM; make the VM, or take its fds. Raises ConfigError, HostError, StateError."""
         self.origin = origin
         self.port = port
         self._config = config
         self._arena = arena
+        self._bound = config.memory_backend == GUEST_MEMFD  # RAM is the VM's, and comes after it
+        if not self._bound:
+            self.memory = GuestMemory.map(fds, config.memory, config.hugepages)
         self.facts = arena.place("hypervisor", 0, HypervisorFacts)
         if origin is Origin.ADOPTED:
             self._system = System()
@@ -76,7 +79,9 @@ class Hypervisor:
         else:
             self._system = System(port=port)
             require(self._system)
-            self._make(memory)
+            if self._bound:
+                self._require_guest_memfd()
+            self._make(fds)
             if self.vm.check(Cap.BINARY_STATS_FD):
                 fds.get_or_open("kvm-stats", 0, self.vm.stats_fd)
         self.tscs = [TscState(arena, vcpu) for vcpu in self.vcpus]
@@ -90,15 +95,28 @@ class Hypervisor:
 
     # --- made anew ---
 
-    def _make(self, memory: GuestMemory) -> None:
+    def _require_guest_memfd(self) -> None:
+        require_guest_memfd(self._system)
+        if not self.port.outlives:
+            log.warning(
+                "guest-memfd: this memory is bound to the VM, and the VM to this process, so this guest "
+                "cannot be handed over; start it with a keeper to be able to"
+            )
+
+    def _make(self, fds: FdStore) -> None:
         self.vm = vm = self._system.create_vm()
+        if self._bound:
+            self.memory = GuestMemory.map_guest_memfd(
+                fds, self._config.memory, lambda size: vm.create_guest_memfd(size, LOADABLE)
+            )
+        give = vm.set_guest_memory if self._bound else vm.set_memory
         vm.set_tss_address(TSS_ADDRESS)
         vm.set_identity_map(IDENTITY_MAP_ADDRESS)
         for capability in (Cap.EXCEPTION_PAYLOAD, Cap.X86_TRIPLE_FAULT_EVENT):
             if vm.check(capability):
                 vm.enable_cap(capability, 0, 1)
-        for slot, region in enumerate(memory.regions):
-            vm.set_memory(slot, region.gpa, region.size, region.hva, region.fd, 0)
+        for slot, region in enumerate(self.memory.regions):
+            give(slot, region.gpa, region.size, region.hva, region.fd, 0)
         if self._config.irqchip == "kernel":
             vm.create_irqchip()
             vm.create_pit()
@@ -138,6 +156,8 @@ class Hypervisor:
             check_received(name, index, fds.get(name, index))
         vm_fd, *vcpu_fds = (cast(int, fds.take(name, index)) for name, index in wanted)
         self.vm = Vm(vm_fd, self.port, self._system.mmap_size)
+        if self._bound:
+            self.memory = GuestMemory.map_guest_memfd(fds, self._config.memory, None)
         self.vcpus = []
         for index, fd in enumerate(vcpu_fds):
             self.vcpus.append(Vcpu(fd, index, self.port, self._system.mmap_size))

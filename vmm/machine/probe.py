@@ -10,7 +10,9 @@ from vmm.kvm import Cap, DirectPort, abi
 WORKS = "ok"
 NOT_RECEIVED = "not received"
 # what is bound to the old VM or its keeper, and of no use to a VMM that builds a VM of its own
-OLD_VM_FDS = frozenset({"vm", "vcpu", "kvm-stats", "kvm-slots", "kvm-go", "kvm-done", "keeper"})
+OLD_VM_FDS = frozenset(
+    {"vm", "vcpu", "guest-memfd", "kvm-stats", "kvm-slots", "kvm-go", "kvm-done", "keeper"}
+)
 
 
 def probe_received_vm(fds: FdStore) -> str:

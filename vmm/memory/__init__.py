@@ -1,4 +1,4 @@
-"""Guest RAM: memfd-backed regions and checked access to them by guest physical address."""
+"""Guest RAM: regions of memfds or guest_memfds and checked access to them by guest physical address."""
 
 from vmm.memory.guest import GuestMemory, Region, layout
 

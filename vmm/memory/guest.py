@@ -1,22 +1,29 @@
-"""Guest RAM as sealed memfds, mapped shared, split around the 32-bit MMIO gap.
+"""Guest RAM as sealed memfds or guest_memfds, mapped shared, split around the 32-bit MMIO gap.
 
-The memfds outlive the process: a new VMM maps the same ones at its own addresses and nothing is copied. They
+The fds outlive the process: a new VMM maps the same ones at its own addresses and nothing is copied. They
 are sparse, so RAM may be larger than the host's. Every access by guest address is checked; nothing outside a
-region is ever touched.
+region is ever touched. A guest_memfd is bound to one VM for good; where it came from another VMM and cannot
+be mapped here, the guest runs on all the same, and only this process cannot see into it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.fds import FdStore, check_received, sealed_memfd
 from vmm.units import GIB, MIB, PAGE_SIZE, format_size
+
+log = logging.getLogger(__name__)
+
+MEMFD, GUEST_MEMFD = "memfd", "guest-memfd"  # memory backends
+FD_NAMES = {MEMFD: "ram", GUEST_MEMFD: "guest-memfd"}  # what their fds are called in the FdStore
 
 LOW_RAM_END = 0xC000_0000  # the 32-bit MMIO gap is the last GiB below 4 GiB, as on QEMU's q35
 HIGH_RAM_START = 1 << 32
@@ -50,20 +57,20 @@ def layout(size: int) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Region:
-    """One stretch of RAM: guest physical address, size in bytes, its memfd, and where this process has it
-    mapped.
+    """One stretch of RAM: guest physical address, size in bytes, its fd, and where this process has it
+    mapped: None and 0 where it cannot.
     """
 
     gpa: int
     size: int
     fd: int
-    mapping: mmap.mmap
+    mapping: mmap.mmap | None
     hva: int
 
 
 class GuestMemory:
-    """All RAM of one machine. The memfds belong to the FdStore (`ram/0`, `ram/1`), the mappings to this
-    object.
+    """All RAM of one machine. The fds belong to the FdStore (`ram/N` or `guest-memfd/N`), the mappings to
+    this object.
     """
 
     def __init__(self, regions: Sequence[Region]) -> None:
@@ -94,6 +101,29 @@ class GuestMemory:
             raise
         return cls(regions)
 
+    @classmethod
+    def map_guest_memfd(cls, fds: FdStore, size: int, create: Callable[[int], int] | None) -> GuestMemory:
+        """As `map`, of guest_memfds: of a VM that is new, which `create(size in bytes)` returns, or without
+        `create` of one that has them.
+
+        One that another VMM made and that cannot be mapped is no error until it is read or written. Raises
+        ConfigError, HostError, StateError.
+        """
+        regions: list[Region] = []
+        try:
+            for index, (gpa, length) in enumerate(layout(size)):
+                if create is not None:
+                    fd = fds.add(FD_NAMES[GUEST_MEMFD], index, create(length))
+                    regions.append(_map_region(gpa, length, fd, None))
+                else:
+                    fd = fds.get(FD_NAMES[GUEST_MEMFD], index)
+                    check_received(FD_NAMES[GUEST_MEMFD], index, fd, length)
+                    regions.append(_map_received(gpa, length, fd))
+        except BaseException:
+            cls(regions).close()
+            raise
+        return cls(regions)
+
     @property
     def size(self) -> int:
         """Bytes of RAM in all."""
@@ -102,6 +132,11 @@ class GuestMemory:
     def _locate(self, gpa: int, length: int) -> tuple[mmap.mmap, int]:
         for region in self.regions:
             if region.gpa <= gpa and gpa + length <= region.gpa + region.size and length >= 0:
+                if region.mapping is None:
+                    raise VmmError(
+                        f"guest address {gpa:#x}: this VMM cannot map the guest's memory (guest_memfd), "
+                        "so it can neither read nor write it"
+                    )
                 return region.mapping, gpa - region.gpa
         raise VmmError(f"guest address {gpa:#x}..{gpa + length:#x} is not RAM (RAM: {self._describe()})")
 
@@ -119,9 +154,10 @@ class GuestMemory:
         mapping[offset : offset + len(data)] = data
 
     def close(self) -> None:
-        """Unmap everything. The memfds stay open: they are the FdStore's."""
+        """Unmap everything. The fds stay open: they are the FdStore's."""
         for region in self.regions:
-            region.mapping.close()
+            if region.mapping is not None:
+                region.mapping.close()
         self.regions = ()
 
 
@@ -147,6 +183,19 @@ def _new_ram(index: int, length: int, flags: int, hugepages: str | None) -> int:
         if flags:
             raise _no_huge_pages(hugepages, error) from error
         raise HostError(f"memory: no memfd of {format_size(length)}: {error.strerror}") from error
+
+
+def _map_received(gpa: int, length: int, fd: int) -> Region:
+    """A guest_memfd that may be one which cannot be mapped (ENODEV: made without GUEST_MEMFD_FLAG_MMAP)."""
+    try:
+        return _map_region(gpa, length, fd, None)
+    except HostError as error:
+        log.warning(
+            "%s: this VMM serves the guest, but cannot read or write its memory; it can neither reset the "
+            "guest nor answer x-vmm-read-memory",
+            error,
+        )
+        return Region(gpa, length, fd, None, 0)
 
 
 def _map_region(gpa: int, length: int, fd: int, hugepages: str | None) -> Region:

@@ -1,0 +1,359 @@
+"""A VMM that is killed: the guest stays, and goes on with the next one as if nothing had happened."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.handover.kept import NAME, KeptGuest
+from tests.handover.stage import Stage, ended, wait_for
+from tests.processes import Spawn
+from vmm.errors import HandoverError, HostError, UsageError
+from vmm.kvm import keeper as keeper_process
+from vmm.kvm.keeper_port import KeeperPort
+from vmm.machine.machine import MachineState
+from vmm.state import Arena
+
+pytestmark = pytest.mark.kvm
+
+STORM = 6
+
+
+@pytest.fixture
+def guest(kvm_device: Path, spawn: Spawn, tmp_socket_dir: Path) -> Iterator[KeptGuest]:
+    guest = KeptGuest(spawn, tmp_socket_dir)
+    yield guest
+    guest.close()
+
+
+def test_the_guest_goes_on_with_the_next_vmm(guest: KeptGuest) -> None:
+    first = guest.run()
+    guest.hear()
+    keeper = guest.keeper
+    guest.kill()
+    assert not ended(keeper)
+    second = guest.attach()
+    assert second.pid != first.pid
+    assert (guest.keeper, guest.state) == (keeper, "running")
+    guest.hear()
+    guest.quit()
+
+
+def test_the_list_says_that_a_guest_has_lost_its_vmm(guest: KeptGuest) -> None:
+    guest.run()
+    guest.kill()
+    listed = guest.verb("list")
+    assert listed.wait() == 0
+    assert re.search(rf"^{NAME} .* orphaned$", listed.stdout, re.MULTILINE)
+    guest.attach()
+    listed = guest.verb("list")
+    assert listed.wait() == 0
+    assert re.search(rf"^{NAME} .* running$", listed.stdout, re.MULTILINE)
+
+
+def test_a_paused_guest_stays_paused(guest: KeptGuest) -> None:
+    guest.run()
+    guest.hear()
+    assert guest.client is not None
+    guest.client.execute("stop")
+    said = guest.out.read_bytes()
+    guest.kill()
+    guest.attach()
+    assert guest.state == "paused"
+    time.sleep(0.3)
+    assert guest.out.read_bytes() == said
+    guest.client.execute("cont")
+    guest.hear()
+
+
+def test_a_guest_that_never_ran(guest: KeptGuest) -> None:
+    guest.run("-S")
+    wait_for("it", lambda: guest.state == "paused")
+    guest.kill()
+    guest.attach()
+    assert guest.state == "paused"
+    assert guest.client is not None
+    guest.client.execute("cont")
+    assert guest.hear().ticks >= 3
+
+
+def test_a_guest_whose_vmm_lives_is_not_attached_to(guest: KeptGuest) -> None:
+    guest.run()
+    other = guest.verb("attach", NAME)
+    assert other.wait() == UsageError.exit_code
+    assert "use 'vmm handover one'" in other.stderr
+    (guest.folder / "qmp.sock").unlink()  # the token still says so
+    other = guest.verb("attach", NAME)
+    assert other.wait() == HandoverError.exit_code
+    assert "another VMM runs the guest" in other.stderr
+    guest.hear()
+
+
+def test_a_guest_that_is_not_there_is_not_attached_to(guest: KeptGuest) -> None:
+    other = guest.verb("attach", NAME)
+    assert other.wait() == UsageError.exit_code
+    assert "no keeper has a VM named 'one'" in other.stderr
+
+
+def test_of_two_that_attach_one_gets_the_guest(guest: KeptGuest) -> None:
+    guest.run()
+    guest.kill()
+    both = [guest.verb("attach", NAME), guest.verb("attach", NAME)]
+    wait_for("the loser's end", lambda: any(one.popen.poll() is not None for one in both))
+    loser = next(one for one in both if one.popen.poll() is not None)
+    assert loser.wait() in (HandoverError.exit_code, UsageError.exit_code), loser.output()
+    guest._answering(next(one for one in both if one is not loser))
+    guest.hear()
+
+
+def test_a_name_that_a_keeper_has_is_taken(guest: KeptGuest) -> None:
+    guest.run()
+    guest.kill()
+    again = guest.verb("run", "ticker", f"--name={NAME}", "--serial=null")
+    assert again.wait() == UsageError.exit_code
+    assert "use 'vmm attach'" in again.stderr
+
+
+def test_the_guest_ends_while_nobody_is_there(guest: KeptGuest) -> None:
+    """Its last exit waits, and ends the VMM that comes."""
+    guest.run(append="rate=50 count=10", guest="ticker")
+    guest.kill()
+    time.sleep(0.5)
+    vmm = guest.verb("attach", NAME)
+    assert vmm.wait() == 1
+    assert guest.out.read_bytes().endswith(b"done\r\n")
+    assert not list(guest.folder.glob("*.sock"))
+
+
+def test_a_guest_that_had_ended_ends_the_vmm_that_comes(guest: KeptGuest) -> None:
+    """The old one was killed between the guest's end and the keeper's."""
+    guest.run()
+    guest.kill()
+    with state_of(guest) as state:
+        state.ended, state.exit_status = 1, 23
+    vmm = guest.verb("attach", NAME)
+    assert vmm.wait() == 23, vmm.output()
+    assert not list(guest.folder.glob("*.sock"))
+
+
+def test_an_exit_that_returns_at_once_does_not_stay_so(guest: KeptGuest) -> None:
+    """A VMM that is killed while it stops the guest leaves `immediate_exit` set in the vCPU's page."""
+    guest.run()
+    guest.hear()
+    guest.kill()
+    port = KeeperPort.connect(str(next(guest.folder.glob("keeper-*.sock"))))
+    for row in port.table():
+        if row.name == "vcpu":
+            with mmap.mmap(row.fd, mmap.PAGESIZE) as page:
+                page[1] = 1  # kvm_run.immediate_exit
+        os.close(row.fd)
+    port.close()
+    guest.attach()
+    guest.hear()
+
+
+@contextmanager
+def state_of(guest: KeptGuest) -> Iterator[MachineState]:
+    """The machine's own section, in the keeper's state memfd."""
+    port = KeeperPort.connect(str(next(guest.folder.glob("keeper-*.sock"))))
+    for row in port.table():
+        if row.name == "state":
+            arena = Arena(row.fd, create=False)
+        os.close(row.fd)
+    port.close()
+    yield arena.place("machine", 0, MachineState)
+
+
+def test_a_vm_that_the_guest_has_left_is_not_attached_to(guest: KeptGuest) -> None:
+    """A rebuild took it to another VM, which has ended: nobody may run what is left here."""
+    guest.run()
+    keeper = guest.keeper
+    guest.kill()
+    with state_of(guest) as state:
+        state.home ^= 1
+    vmm = guest.verb("attach", NAME)
+    assert vmm.wait() == HandoverError.exit_code
+    assert "no keeper has the guest" in vmm.stderr
+    wait_for("the keeper's end", lambda: ended(keeper))
+
+
+def test_a_keeper_that_dies_ends_its_vmm(guest: KeptGuest) -> None:
+    guest.run()
+    os.kill(guest.keeper, signal.SIGKILL)
+    assert guest.vmm.wait(5) == HostError.exit_code, guest.vmm.output()
+    assert "the keeper of the VM has ended" in guest.vmm.stderr
+
+
+def test_the_orphan_timeout(guest: KeptGuest) -> None:
+    guest.run("--orphan-timeout=3")
+    keeper = guest.keeper
+    guest.kill()
+    guest.attach()  # in time; it counts anew
+    guest.hear()
+    guest.kill()
+    started = time.monotonic()
+    wait_for("the keeper's end", lambda: ended(keeper))
+    assert 2.5 < time.monotonic() - started < 6
+    assert not list(guest.folder.glob("keeper-*"))
+
+
+def test_without_a_name_nobody_could_come(stage: Stage) -> None:
+    side = stage.start("--keeper")
+    keeper = side.client.execute("x-vmm-stats")["vm"]["process"]
+    side.process.signal(signal.SIGKILL)
+    side.process.wait()
+    started = time.monotonic()
+    wait_for("the keeper's end", lambda: ended(keeper))
+    assert time.monotonic() - started < keeper_process.START_S + 1.5
+
+
+def test_kills_in_the_middle_of_the_guests_output(guest: KeptGuest) -> None:
+    """No byte is lost; the one that was on its way may come twice."""
+    guest.run(append="rate=1000", guest="ticker")
+    chance = random.Random(4)
+    for _ in range(STORM):
+        time.sleep(chance.uniform(0.0, 0.05))
+        guest.kill()
+        guest.attach()
+    guest.hear(50)
+    assert guest.client is not None
+    guest.client.execute("stop")
+    lines = guest.out.read_bytes().split(b"\r\n")[:-1]
+    repaired(lines, 1)
+
+
+def repaired(lines: list[bytes], first: int) -> None:
+    """Every tick from `first` on is there; a line may have one byte twice, for a kill."""
+    doubled = 0
+    for number, line in enumerate(lines, first):
+        expected = b"tick %d" % number
+        if line != expected:
+            assert without_one_repeat(line, expected), (line, expected)
+            doubled += 1
+    assert doubled <= STORM
+
+
+def without_one_repeat(line: bytes, expected: bytes) -> bool:
+    return any(
+        line[:at] + line[at + 1 :] == expected and at and line[at] == line[at - 1] for at in range(len(line))
+    )
+
+
+def test_kills_while_devices_count(guest: KeptGuest) -> None:
+    """Sentinel's checks of string I/O and MMIO see an access that is lost or made twice."""
+    checks = "checks=counter,tsc,pio,mmio,pattern,timer pattern=64K"
+    guest.run("--cpus=2", "--testdev", "--serial=null", append=checks, guest="sentinel")
+    chance = random.Random(8)
+    for _ in range(STORM):
+        time.sleep(chance.uniform(0.0, 0.3))
+        guest.kill()
+        guest.attach()
+    time.sleep(0.3)
+    assert guest.state == "running", guest.vmm.output()
+
+
+def console_of(guest: KeptGuest) -> socket.socket:
+    console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    console.settimeout(20)
+    wait_for("the console", (guest.folder / "console.sock").exists)
+    console.connect(str(guest.folder / "console.sock"))
+    return console
+
+
+def test_a_console_client_stays_connected(guest: KeptGuest) -> None:
+    guest.run("--serial=unix")
+    with console_of(guest) as console:
+        said = console.recv(4096)
+        for _ in range(3):
+            guest.kill()
+            guest.attach()
+            more = b""
+            while more.count(b"tick") < 3:
+                data = console.recv(4096)
+                assert data, "the console was closed"
+                more += data
+            said += more
+        console.send(b"q")  # input goes its way too
+        assert guest.vmm.wait() == 1
+        while data := console.recv(4096):
+            said += data
+    assert said.endswith(b"done\r\n")
+    lines = said.split(b"\r\n")[1:-2]
+    repaired(lines, int(lines[0].split()[1]))
+    assert not list(guest.folder.glob("*.sock"))
+
+
+def test_console_clients_come_and_go_between_kills(guest: KeptGuest) -> None:
+    """The keeper's table follows: who has left is let go, who has come is kept."""
+    guest.run("--serial=unix")
+    for _ in range(3):
+        with console_of(guest) as console:
+            assert console.recv(4096)
+            guest.kill()
+            guest.attach()
+            assert console.recv(4096)
+    guest.kill()
+    console = console_of(guest)  # the backlog is the keeper's
+    guest.attach()
+    assert console.recv(4096)
+    console.close()
+    guest.quit()
+
+
+def test_a_reset_that_was_asked_for_is_carried_out(guest: KeptGuest, tmp_path: Path) -> None:
+    """A guest that resets itself all the time, and whose VMMs are killed all the time, says only its line."""
+    # mov al, 'R'; mov dx, 0x3f8; out dx, al; mov al, 0xfe; out 0x64, al; hlt
+    image = tmp_path / "reset.bin"
+    image.write_bytes(b"\xb0\x52\xba\xf8\x03\xee\xb0\xfe\xe6\x64\xf4\xeb\xfd")
+    guest.run("--entry-mode=real16", "--load-address=0x7c00", guest=str(image), append="")
+    chance = random.Random(15)
+    for _ in range(STORM):
+        time.sleep(chance.uniform(0.0, 0.1))
+        guest.kill()
+        guest.attach()
+    before = len(guest.out.read_bytes())
+    wait_for("resets", lambda: len(guest.out.read_bytes()) > before + 5)
+    assert set(guest.out.read_bytes()) == {ord("R")}
+    assert guest.state == "running"
+
+
+def test_a_supervisor_restarts_the_vmm(guest: KeptGuest) -> None:
+    supervisor = guest.verb(
+        "run",
+        "ticker",
+        "--append=rate=50",
+        f"--serial=file:{guest.out}",
+        f"--name={NAME}",
+        "--restart=always",
+    )
+    monitor = guest.folder / "qmp.sock"
+    seen = set()
+    for _ in range(3):
+        pid = wait_for("a VMM", lambda: vmm_at(monitor, seen))
+        seen.add(pid)
+        before = len(guest.said())
+        wait_for("ticks", lambda before=before: len(guest.said()) > before + 3)  # type: ignore[misc]
+        os.kill(pid, signal.SIGKILL)
+    pid = wait_for("a VMM", lambda: vmm_at(monitor, seen))
+    os.kill(supervisor.pid, signal.SIGTERM)
+    assert supervisor.wait() == 0, supervisor.output()
+    wait_for("its end", lambda: ended(pid))
+    assert not list(guest.folder.glob("*.sock"))
+
+
+def vmm_at(monitor: Path, seen: set[int]) -> int | None:
+    try:
+        pid = int(os.readlink(monitor).removeprefix("qmp-").removesuffix(".sock"))
+    except FileNotFoundError:
+        return None
+    return None if pid in seen or ended(pid) else pid

@@ -189,7 +189,7 @@ class VmmProcess:
             elif self._options.incoming is None:
                 self._cold_start()
             else:
-                if self._options.keeper:
+                if self._options.keeper and self._options.method != "adopt":
                     self._spare = self._start_keeper()
                 self._confine()
                 self._await_handover()

@@ -15,6 +15,7 @@ from vmm.errors import VmmError
 BENCHMARKS = {
     "pause": "how long a guest stands still in a handover, at several RAM sizes, QEMU beside it if asked for",
     "leak": "whether hundreds of handovers in a row leave anything behind",
+    "exits": "what a write to a port costs: an exit, directly and through a keeper, and the ways without one",
     "crash": "SIGKILLs of VMMs at random moments: guests alive, errors that they found",
     "storm": "handovers back to back under a busy guest: errors, and what they cost it",
     "faults": "either VMM killed, stopped, cut off at every step of a handover: who runs the guest then",

@@ -46,6 +46,15 @@ def test_storm(bench: Any) -> None:
     assert record["turns_per_second"]["storm"] > 0
 
 
+def test_exits(bench: Any) -> None:
+    record = bench("exits", "--rounds=3", "--writes=400")
+    ratios = {(row["way"], row["port"]): row["ratio"] for row in record["ways"]}
+    assert len(ratios) == 6
+    assert ratios["exit", "direct"] == 1
+    assert ratios["exit", "keeper"] > 1
+    assert max(ratios["coalesced", "direct"], ratios["ioeventfd", "direct"]) < 1
+
+
 def test_pause(bench: Any) -> None:
     record = bench("pause", "--handovers=2", "--sizes=64M,4G")
     assert [(each["who"], each["memory_bytes"]) for each in record["subjects"]] == [

@@ -22,7 +22,7 @@ static struct timer {
 	enum mode mode;
 	u32 left; /* interrupts in this mode */
 	u32 looks; /* at an overdue one */
-	bool stray; /* one may still come from the mode before */
+	bool stray; /* one of the first two here may still be of the mode before */
 	volatile u64 due;
 	u64 overdue_since;
 	u64 periodic_since;
@@ -83,7 +83,8 @@ INTERRUPT static void on_timer(struct interrupt_frame *frame)
 		lapic_eoi();
 		return;
 	}
-	t->stray = false;
+	if (t->left < IN_A_MODE)
+		t->stray = false;
 	count(v, CHECK_TIMER);
 	if (!--t->left)
 		enter_mode(t, now);

@@ -75,10 +75,10 @@ def change_pit_mode(guest: RunningGuest) -> None:
     guest.vm.set_pit2(state)
 
 
-def quicken_pit(guest: RunningGuest) -> None:
+def change_pit_count(guest: RunningGuest, factor: float) -> None:
     state = abi.kvm_pit_state2()
     guest.vm.get_pit2(state)
-    state.channels[0].count //= 16
+    state.channels[0].count = int(state.channels[0].count * factor)
     guest.vm.set_pit2(state)
 
 
@@ -237,7 +237,8 @@ DAMAGES = {
     "IPIs lost": Damage(6, "ipi", lose_ipis),
     "IRQ 0 masked": Damage(7, "pit", mask_irq0, where=1),
     "PIT mode": Damage(7, "pit", change_pit_mode, where=2),
-    "PIT count": Damage(7, "pit", quicken_pit, where=0),
+    "PIT faster": Damage(7, "pit", lambda guest: change_pit_count(guest, 1 / 16), where=0),
+    "PIT slower": Damage(7, "pit", lambda guest: change_pit_count(guest, 2.5), where=4),
     "LAPIC timer masked": Damage(8, "timer", lose_timer),
     "MP state": Damage(9, "timer,hlt", wake_without_interrupt),
     "STAR": Damage(10, "msr", lambda guest: set_msr(guest, STAR, 0), where=STAR),

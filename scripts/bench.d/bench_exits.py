@@ -31,6 +31,7 @@ ENTRY = 0x1000
 MOST_WRITES = 0xFFFF  # what CX counts
 FLAGS = 2  # bit 1 of FLAGS is always set
 WARM_UP_ROUNDS = 1
+WRITES = 2 * abi.KVM_COALESCED_MMIO_MAX  # a ring that is full, and the write that finds it so, twice
 VALUE = 0x55
 
 
@@ -50,8 +51,10 @@ WHAT = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=41, metavar="N", help="of each way, default 41")
-    parser.add_argument("--writes", type=int, default=1000, metavar="N", help="in a round, default 1000")
+    parser.add_argument("--rounds", type=int, default=101, metavar="N", help="of each way, default 101")
+    parser.add_argument(
+        "--writes", type=int, default=WRITES, metavar="N", help=f"in a round, default {WRITES}"
+    )
 
 
 def program(writes: int) -> bytes:

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -82,20 +82,32 @@ class Ending:
 
 
 @dataclass(frozen=True)
+class VmIdentity:
+    """Which VM it is: the process it lives in, and what the kernel calls it (None where it does not tell)."""
+
+    process: int
+    id: str | None
+
+
+@dataclass(frozen=True)
 class Record:
-    """A whole series; `as_dict` is what `vmm demo --json` prints of it."""
+    """A whole series; `as_dict` is what `vmm demo --json` prints of it. `vms` are those that the guest was
+    in, in order, each once: with `adopt` that is one.
+    """
 
     mode: str
     image: str
     memory_bytes: int
     cpus: int
     steps: tuple[Step, ...]
+    vms: tuple[VmIdentity, ...]
     ending: Ending
 
     @property
     def good(self) -> bool:
-        """Whether nothing was lost and nothing was wrong."""
-        return self.ending.lost == 0 and self.ending.errors == 0
+        """Whether nothing was lost and nothing was wrong, and the VM stayed the same where it was to."""
+        unchanged = self.mode != "adopt" or len(self.vms) == 1
+        return self.ending.lost == 0 and self.ending.errors == 0 and unchanged
 
     @property
     def pids(self) -> list[int]:
@@ -149,6 +161,7 @@ class Record:
                 "probe": self.probe,
                 "driven": self.driven,
             },
+            "vms": [asdict(vm) for vm in self.vms],
         }
 
 
@@ -241,6 +254,7 @@ class Series:
         self._on_line = on_line
         self._on_handover = on_handover
         self._steps: list[Step] = []
+        self.vms: list[VmIdentity] = []
         self._ticks = 0
         self._lost = 0
 
@@ -286,6 +300,7 @@ class Series:
             self.console = Console(console, self._on_line)
             self.client.execute("cont")
             self.results_area = self._find_results()
+            self._look_at_vm()
         except BaseException:
             self.vmm.end()
             raise
@@ -363,7 +378,13 @@ class Series:
         self.vmm, self.client = handed.vmm, handed.client
         if (status := old.wait(END_S)) != 0:
             raise HandoverError(f"the old VMM (pid {old.pid}) ended with status {status}: {old.last_words()}")
+        self._look_at_vm()
         return handed.report
+
+    def _look_at_vm(self) -> None:
+        vm = VmIdentity(**self.client.execute("x-vmm-stats")["vm"])
+        if vm not in self.vms:
+            self.vms.append(vm)
 
     def hand_over(self) -> Step:
         """Hand the guest over, see it speak in the new VMM process, and measure. Raises HandoverError."""
@@ -394,7 +415,8 @@ class Series:
         if ticks.last is not None:
             lost += max(0, before.ticks - ticks.last)
         ending = Ending(before.rounds, before.ticks, lost, errors)
-        return Record(self.mode, self.guest, self._memory, self._cpus, tuple(self._steps), ending)
+        steps, vms = tuple(self._steps), tuple(self.vms)
+        return Record(self.mode, self.guest, self._memory, self._cpus, steps, vms, ending)
 
 
 def _violation(line: str) -> str | None:

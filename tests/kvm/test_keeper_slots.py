@@ -167,6 +167,18 @@ def test_a_vmm_that_is_killed_leaves_the_vcpu_running() -> None:
         new.close(for_good=True)
 
 
+def test_a_vmm_that_is_killed_between_asking_and_waking() -> None:
+    """It has said that KVM_RUN is to be called, but the keeper's thread still sleeps."""
+    with kept(COUNTER) as (port, machine), successor(port) as (new, vcpu):
+        port._runners[machine.vcpu.fd].words[0] += 1
+        port.close()
+        new.attach()
+        await_exit(vcpu, 1)
+        assert vcpu.run()
+        assert value(vcpu) == 1
+        new.close(for_good=True)
+
+
 def test_kicks() -> None:
     with kept(FOREVER) as (_, machine):
         machine.vcpu.kick()  # before the run

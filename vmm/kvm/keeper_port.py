@@ -250,6 +250,7 @@ class KeeperPort:
         self._attached = True
         for runner in self._runners.values():
             runner.leaving = False
+            os.eventfd_write(runner.go, 1)  # who was here before may have died before it came to that
 
     def detach(self) -> None:
         """Be it no more. The guest runs on; its exits wait."""

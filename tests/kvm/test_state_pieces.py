@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.kvm.real_mode import Ram, ram_of
+from vmm.boot.cpuid import cpuid_table, guest_cpuid
 from vmm.fds import FdStore
 from vmm.kvm import Cap, MpState, System, Vcpu, Vm, abi
 from vmm.machine import lapic_state as lapic
@@ -27,6 +28,7 @@ MS = 1_000_000
 TIMER_VECTOR = 0x51
 MSR_TSC_DEADLINE = 0x6E0
 OFF_NS = 5 * MS  # what a reading here may miss by on a busy host; undisturbed, 20 µs
+SLOW_NS = 50_000
 SPIV_ENABLED = lapic.SOFTWARE_ENABLE | 0xFF
 
 
@@ -46,8 +48,10 @@ class Side:
             self.vm.create_irqchip()
             self.vm.create_pit()
             self.vcpus: list[Vcpu] = [stack.enter_context(self.vm.create_vcpu(n)) for n in range(cpus)]
+            block = self.system.supported_cpuid()
+            supported = block.entries[: block.nent]
             for vcpu in self.vcpus:
-                vcpu.set_cpuid(self.system.supported_cpuid())
+                vcpu.set_cpuid(cpuid_table(guest_cpuid(supported, vcpu.index, cpus, tsc_deadline=True)))
                 vcpu.bind_thread()
             nested = self.vm.check(Cap.NESTED_STATE)
             facts = VcpuFacts(self.vm.check, self.vm.xsave_size, True, nested)
@@ -247,6 +251,11 @@ def test_every_msr_that_takes_another_value(fds: FdStore) -> None:
                 continue
             old.vcpu.get_msrs(single)
             changed[entry.index] = single.entries[0].data
+        time.sleep(0.001)
+        old.vcpu.get_msrs(values)
+        for entry in values.entries:  # one that counts by itself is its own matter (Hyper-V's time, say)
+            if changed.get(entry.index) != entry.data:
+                changed.pop(entry.index, None)
         assert len(changed) > 8
         new = hand_over()
         again = type(values)(nmsrs=len(values.entries))
@@ -305,6 +314,17 @@ def expires_ns(side: Side) -> int:
     return min(readings)[1]
 
 
+def need_exact_readings(side: Side) -> None:
+    """Skip where a LAPIC cannot be read fast enough to tell where its timer is."""
+    took = []
+    for _ in range(9):
+        before_ns = time.monotonic_ns()
+        side.lapic()
+        took.append(time.monotonic_ns() - before_ns)
+    if sorted(took)[4] > SLOW_NS:
+        pytest.skip(f"reading a LAPIC takes {sorted(took)[4] // 1000} µs here")
+
+
 def requested(side: Side) -> bool:
     side.settle()
     at, bit = TIMER_VECTOR // 32 * 0x10, 1 << TIMER_VECTOR % 32
@@ -313,6 +333,7 @@ def requested(side: Side) -> bool:
 
 def test_a_one_shot_timer_expires_when_it_was_to(fds: FdStore) -> None:
     with sides(fds) as (old, hand_over):
+        need_exact_readings(old)
         start_timer(old, lapic.TimerMode.ONE_SHOT, 4000 * MS)
         due_ns = expires_ns(old)
         for _ in range(5):
@@ -336,6 +357,7 @@ def test_a_periodic_timer_keeps_step(fds: FdStore) -> None:
     """Over many moves its ticks stay on one grid, to what a reading here can miss by."""
     period_ns, moves = 20 * MS, 40
     with sides(fds) as (old, hand_over):
+        need_exact_readings(old)
         start_timer(old, lapic.TimerMode.PERIODIC, period_ns)
         first_ns = expires_ns(old)
         for _ in range(moves - 1):

@@ -26,7 +26,7 @@ F_DUPFD_CLOEXEC, F_ADD_SEALS, F_GET_SEALS = 1030, 1033, 1034
 PROT_EXEC: Final = 4
 CLONE_THREAD: Final = 0x10000
 AF_UNIX: Final = 1
-PR_SET_NAME, PR_SET_VMA = 15, 0x53564D61  # names of threads and mappings: Python 3.14, glibc
+PR_SET_NAME, PR_SET_VMA = 15, 0x53564D41  # names of threads and mappings: Python 3.14, glibc
 
 NOT_HERE: Final = Action.ERRNO | errno.ENOSYS  # the C library then uses the older call
 REFUSED: Final = Action.ERRNO | errno.EPERM

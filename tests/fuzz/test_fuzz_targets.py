@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from tests.fuzz.targets import NAMES, committed, inputs
 
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -522,7 +522,9 @@ class VmmProcess:
 
     def reset(self) -> None:
         """QMP `system_reset`."""
-        self._do_reset(self._the_machine().reset, guest=False)
+        machine = self._the_machine()
+        self._guarded(machine.memory.check_mapped)  # the image goes there again
+        self._do_reset(machine.reset, guest=False)
 
     def inject_nmi(self) -> None:
         """QMP `inject-nmi`."""

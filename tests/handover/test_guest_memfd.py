@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from vmm.fds import FdKind, FdStore, check_received, identify
 from vmm.kvm import Cap, DirectPort, Port, System, Vm, abi
 from vmm.kvm.capabilities import LOADABLE, require_guest_memfd
 from vmm.memory import GuestMemory, layout
+from vmm.qmp.backend import QmpError
 from vmm.report.results import CPU_SIZE, HEADER_SIZE, Results, ResultsError, parse_results
 from vmm.units import GIB, MIB
 
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.kvm
 
 BOUND = "--memory-backend=guest-memfd"
 RAM = 128 * MIB
+CANNOT_MAP = "this VMM cannot map the guest's memory"
 
 
 @pytest.fixture(params=["direct", "keeper"])
@@ -104,10 +107,12 @@ def test_received_memory_that_cannot_be_mapped(
         memory = GuestMemory.map_guest_memfd(fds, MIB, None)
     assert "this VMM serves the guest, but cannot read or write its memory" in caplog.text
     for access in (lambda: memory.read(0x1000, 4), lambda: memory.write(0x1000, b"data")):
-        with pytest.raises(VmmError, match="guest address 0x1000: this VMM cannot map the guest's memory"):
+        with pytest.raises(VmmError, match=CANNOT_MAP):
             access()
     with pytest.raises(VmmError, match=r"guest address 0x100000\.\.0x100001 is not RAM"):
         memory.read(MIB, 1)
+    with pytest.raises(VmmError, match=CANNOT_MAP):
+        memory.check_mapped()
     memory.close()
 
 
@@ -222,6 +227,27 @@ def test_adopted_twice(bound: None, stage: Stage) -> None:
         assert "guest-memfd" in names(side)
         assert "ram" not in names(side)
         goes_on(side)
+
+
+def test_a_vmm_that_cannot_map_the_memory_serves_the_guest(bound: None, stage: Stage) -> None:
+    """It has no room for the mapping, which is larger than all the memory it may have."""
+    old = stage.start(BOUND, "--keeper", "--memory=3G")
+    stage.hear()
+    new = stage.await_guest()
+    resource.prlimit(new.process.pid, resource.RLIMIT_AS, (2 * GIB, 2 * GIB))
+    assert stage.migrate(old, new)["status"] == "completed", new.process.output()
+    wait_for("the guest in the new VMM", lambda: new.state == "running")
+    old.client.execute("quit")
+    assert old.process.wait() == 0
+    stage.hear()
+    assert "this VMM serves the guest, but cannot read or write its memory" in new.process.stderr
+    for command, arguments in (("x-vmm-read-memory", {"gpa": 0, "size": 4}), ("system_reset", None)):
+        with pytest.raises(QmpError, match=CANNOT_MAP):
+            new.client.execute(command, arguments)
+    stage.hear()
+    last = stage.replace(new)
+    last.client.execute("x-vmm-read-memory", {"gpa": 0, "size": 4})
+    stage.hear()
 
 
 def test_rebuild_is_refused_and_the_guest_runs_on(bound: None, stage: Stage) -> None:

@@ -132,12 +132,7 @@ class GuestMemory:
     def _locate(self, gpa: int, length: int) -> tuple[mmap.mmap, int]:
         for region in self.regions:
             if region.gpa <= gpa and gpa + length <= region.gpa + region.size and length >= 0:
-                if region.mapping is None:
-                    raise VmmError(
-                        f"guest address {gpa:#x}: this VMM cannot map the guest's memory (guest_memfd), "
-                        "so it can neither read nor write it"
-                    )
-                return region.mapping, gpa - region.gpa
+                return _mapped(region), gpa - region.gpa
         raise VmmError(f"guest address {gpa:#x}..{gpa + length:#x} is not RAM (RAM: {self._describe()})")
 
     def _describe(self) -> str:
@@ -152,6 +147,11 @@ class GuestMemory:
         """Store `data` at `gpa`; VmmError where any of it is not RAM, and then nothing is stored."""
         mapping, offset = self._locate(gpa, len(data))
         mapping[offset : offset + len(data)] = data
+
+    def check_mapped(self) -> None:
+        """VmmError where this process cannot read and write all of RAM."""
+        for region in self.regions:
+            _mapped(region)
 
     def close(self) -> None:
         """Unmap everything. The fds stay open: they are the FdStore's."""
@@ -183,6 +183,15 @@ def _new_ram(index: int, length: int, flags: int, hugepages: str | None) -> int:
         if flags:
             raise _no_huge_pages(hugepages, error) from error
         raise HostError(f"memory: no memfd of {format_size(length)}: {error.strerror}") from error
+
+
+def _mapped(region: Region) -> mmap.mmap:
+    if region.mapping is None:
+        raise VmmError(
+            f"this VMM cannot map the guest's memory at {region.gpa:#x} (guest_memfd), so it can neither "
+            "read nor write it; hand the guest over to a VMM that can"
+        )
+    return region.mapping
 
 
 def _map_received(gpa: int, length: int, fd: int) -> Region:

@@ -242,8 +242,9 @@ class Machine:
     # --- building ---
 
     def _thread(self, vcpu: Vcpu, may_run: Callable[[], bool]) -> VcpuThread:
-        journal = Journal(self.arena, "journal", vcpu.index) if self.hypervisor.port.outlives else None
-        return VcpuThread(vcpu, self.pio, self.mmio, self, may_run, journal, self._turn)
+        journal = Journal(self.arena, "journal", vcpu.index)  # in any case: the guest may move into a keeper
+        used = journal if self.hypervisor.port.outlives else None
+        return VcpuThread(vcpu, self.pio, self.mmio, self, may_run, used, self._turn)
 
     def _irq(self, gsi: int) -> IrqLine:
         return (
@@ -252,9 +253,9 @@ class Machine:
 
     def _build_devices(self, reactor: Reactor) -> None:
         state = self.arena.place("serial", 0, SerialState)
+        journal = Journal(self.arena, "journal-console", 0)
         self._console_steps: JournaledReactor | None = None
         if self.hypervisor.port.outlives:
-            journal = Journal(self.arena, "journal-console", 0)
             reactor = self._console_steps = JournaledReactor(reactor, self._turn, journal, state)
         self.chardev = open_chardev(parse_serial(self.config.serial), self.fds, self.arena, reactor)
         self.serial = Serial(self.arena, self._irq(COM1_IRQ), self.chardev)

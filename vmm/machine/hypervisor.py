@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from enum import Enum
 from typing import ClassVar, cast
 
@@ -64,20 +65,31 @@ class Hypervisor:
         port: Port,
         origin: Origin,
     ) -> None:
-        """Map RAM; make the VM, or take its fds. Raises ConfigError, HostError, StateError."""
+        """Map RAM; make the VM, or take its fds. Raises ConfigError, HostError, StateError, and leaves nothing
+        open then.
+        """
         self.origin = origin
         self.port = port
         self._config = config
         self._arena = arena
+        self._opened = ExitStack()
+        try:
+            self._build(fds)
+        except BaseException:
+            self._opened.close()
+            raise
+
+    def _build(self, fds: FdStore) -> None:
+        config, arena, port, origin = self._config, self._arena, self.port, self.origin
         self._bound = config.memory_backend == GUEST_MEMFD  # RAM is the VM's, and comes after it
         if not self._bound:
             self.memory = GuestMemory.map(fds, config.memory, config.hugepages)
         self.facts = arena.place("hypervisor", 0, HypervisorFacts)
         if origin is Origin.ADOPTED:
-            self._system = System()
+            self._system = self._opened.enter_context(System())
             self._take(fds)
         else:
-            self._system = System(port=port)
+            self._system = self._opened.enter_context(System(port=port))
             require(self._system)
             if self._bound:
                 self._require_guest_memfd()
@@ -104,7 +116,7 @@ class Hypervisor:
             )
 
     def _make(self, fds: FdStore) -> None:
-        self.vm = vm = self._system.create_vm()
+        self.vm = vm = self._opened.enter_context(self._system.create_vm())
         if self._bound:
             self.memory = GuestMemory.map_guest_memfd(
                 fds, self._config.memory, lambda size: vm.create_guest_memfd(size, LOADABLE)
@@ -130,7 +142,7 @@ class Hypervisor:
             self.facts.gigabyte_pages = offers_1gib_pages(supported)
 
     def _make_vcpu(self, index: int, supported: Sequence[abi.kvm_cpuid_entry2]) -> Vcpu:
-        vcpu = self.vm.create_vcpu(index)
+        vcpu = self._opened.enter_context(self.vm.create_vcpu(index))
         deadline = bool(self.vm.check(Cap.TSC_DEADLINE_TIMER)) and self._config.irqchip != "none"
         offered = guest_cpuid(
             supported, index, self._config.cpus, tsc_deadline=deadline, tsc_khz=vcpu.tsc_khz
@@ -155,12 +167,13 @@ class Hypervisor:
         for name, index in wanted:
             check_received(name, index, fds.get(name, index))
         vm_fd, *vcpu_fds = (cast(int, fds.take(name, index)) for name, index in wanted)
-        self.vm = Vm(vm_fd, self.port, self._system.mmap_size)
+        self.vm = self._opened.enter_context(Vm(vm_fd, self.port, self._system.mmap_size))
         if self._bound:
             self.memory = GuestMemory.map_guest_memfd(fds, self._config.memory, None)
         self.vcpus = []
         for index, fd in enumerate(vcpu_fds):
-            self.vcpus.append(Vcpu(fd, index, self.port, self._system.mmap_size))
+            vcpu = Vcpu(fd, index, self.port, self._system.mmap_size)
+            self.vcpus.append(self._opened.enter_context(vcpu))
             kept_cpuid(self._arena, index)  # the guest's own, for a VMM that rebuilds it later
 
     # --- state ---
@@ -236,8 +249,5 @@ class Hypervisor:
 
     def close(self, *, for_good: bool) -> None:
         """Close the fds; with `for_good` the VM ends even where it could live on. No vCPU may be in `run`."""
-        for vcpu in self.vcpus:
-            vcpu.close()
-        self.vm.close()
-        self._system.close()
+        self._opened.close()
         self.port.close(for_good=for_good)

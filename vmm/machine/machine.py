@@ -220,11 +220,19 @@ class Machine:
         self.state = self.arena.place("machine", 0, MachineState)
         keep_config(self.arena, config)
         self.hypervisor = Hypervisor(config, fds, self.arena, port, origin)
+        try:
+            self._furnish(image, reactor, may_run)
+        except BaseException:
+            self.hypervisor.close(for_good=origin is not Origin.ADOPTED)
+            raise
+
+    def _furnish(self, image: Image | None, reactor: Reactor, may_run: Callable[[], bool]) -> None:
+        """Everything but the VM itself."""
         self.memory = self.hypervisor.memory
         self.pio, self.mmio = Bus("PIO", PIO_SPACE), Bus("MMIO", MMIO_SPACE)
-        self.routes = GsiRoutes(self.hypervisor.vm, chips=config.irqchip == "kernel")
-        self.irqfds = IrqFds(self.hypervisor.vm, fds)
-        if origin is Origin.ADOPTED:
+        self.routes = GsiRoutes(self.hypervisor.vm, chips=self.config.irqchip == "kernel")
+        self.irqfds = IrqFds(self.hypervisor.vm, self.fds)
+        if self.hypervisor.origin is Origin.ADOPTED:
             self.irqfds.taken_over()
         self.threads = [self._thread(vcpu, may_run) for vcpu in self.hypervisor.vcpus]
         self._build_devices(reactor)

@@ -19,6 +19,7 @@ COPIED = (
     ".ci/run",
     "pyproject.toml",
     "scripts/demo",
+    "scripts/fuzz",
     "scripts/lib-venv.sh",
     "scripts/test",
     "vmm/__init__.py",
@@ -35,6 +36,8 @@ case "$*" in
 *"-m venv"*) for folder; do :; done; rm -rf "$folder"; mkdir -p "$folder/bin" && cp "$0" "$folder/bin/python"
     printf '#!/usr/bin/env bash\\nprintf "%%s\\\\n" "$@"\\n' >"$folder/bin/vmm"; chmod +x "$folder/bin/vmm" ;;
 *"-m pip"*) echo "noise of pip"; printf '%s\\n' "$*" >>pip.log; [ ! -e no-index ] ;;
+*"import atheris"*) ;;
+*"-m tests.fuzz"*) shift 2; echo "fuzz got: $*" ;;
 *"-m pytest"*) shift 2; echo "CI: ${{CI:-no}}, KVM required: ${{VMM_REQUIRE_KVM:-no}}"
     echo "pytest got: $*" ;;
 *) exec {sys.executable} "$@" ;;
@@ -239,5 +242,6 @@ def test_ci_requires_kvm_where_there_is_one(script: Script, folder: Path) -> Non
     else:
         assert "CI: true, KVM required: no" in done.stdout
         assert "EVERY TEST THAT NEEDS KVM IS SKIPPED" in done.stderr
+    assert done.stdout.splitlines()[0] == "fuzz got: all --seconds 60"
     fake_checks(folder, failing=("mypy",))
     assert script(".ci/run").returncode == 1

@@ -49,12 +49,12 @@ class NoReactor:
 class Rig:
     """One guest, in the machine that has it now."""
 
-    def __init__(self, **config: Any) -> None:
-        """A guest as `MachineConfig` describes it, running."""
+    def __init__(self, *, paused: bool = False, **config: Any) -> None:
+        """A guest as `MachineConfig` describes it, running or `paused`."""
         self.config = MachineConfig(**{"serial": "null", "memory": 64 << 20, **config}).check()
         self.ends: SimpleQueue[str | BaseException] = SimpleQueue()
         self.machine = self._build(FdStore(), Origin.NEW)
-        self.machine.start()
+        self.machine.start(paused=paused)
 
     def _build(self, fds: FdStore, origin: Origin) -> Machine:
         try:

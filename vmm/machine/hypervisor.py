@@ -65,8 +65,8 @@ class Hypervisor:
         port: Port,
         origin: Origin,
     ) -> None:
-        """Map RAM; make the VM, or take its fds. Raises ConfigError, HostError, StateError, and leaves nothing
-        open then.
+        """Map RAM; make the VM, or take its fds. Raises ConfigError, HostError, StateError; then nothing is
+        left open.
         """
         self.origin = origin
         self.port = port

@@ -1,0 +1,447 @@
+"""The whole machine moves: many vCPUs, what is in flight, interrupts without a VM, time. What must not move
+is refused, with the guest unharmed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import vmm.machine.hypervisor
+from tests.handover.rig import Rig, rig
+from tests.native import need_native_instructions
+from vmm.boot.cpuid import CpuidEntry, guest_cpuid
+from vmm.errors import StateError, VmmError
+from vmm.kvm import IoctlError, MpState, abi
+from vmm.machine import kvm_state
+from vmm.machine import lapic_state as lapic
+from vmm.machine.irqfd import FIRST_MSI
+from vmm.machine.machine import Machine
+from vmm.machine.runstate import RunState
+from vmm.report.results import CpuState
+
+pytestmark = pytest.mark.kvm
+
+SENTINEL = {"kernel": "sentinel", "testdev": True}
+GSI = 10  # a line of the slave PIC that nothing drives
+MSI_VECTOR = 0x66
+MSI_ADDRESS = 0xFEE0_0000  # to APIC id 0, physical
+
+
+def settled(one: Rig, turns: int = 60) -> None:
+    """The guest runs with all its vCPUs, and took so many turns."""
+    one.wait_for(lambda results: all(cpu.state is CpuState.RUNNING for cpu in results.cpus), 60.0)
+    one.go_on(turns, 60.0)
+
+
+# --- many vCPUs ---
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4, 8])
+def test_nothing_is_lost_however_many_vcpus(cpus: int) -> None:
+    with rig(**SENTINEL, cpus=cpus, append="pattern=4M") as one:
+        settled(one)
+        for _ in range(6):
+            one.hand_over()
+            one.go_on(turns=20, timeout_s=60.0)
+        results = one.results()
+        assert results.errors == 0
+        assert len(results.cpus) == cpus
+
+
+def test_sixteen_vcpus() -> None:
+    """Without the checks of time: a vCPU here may stand still for longer than their periods."""
+    with rig(**SENTINEL, cpus=16, append="pattern=4M skip=timer,hlt,pit") as one:
+        settled(one, turns=20)
+        for _ in range(2):
+            one.hand_over()
+            one.go_on(turns=5, timeout_s=60.0)
+        assert one.results().errors == 0
+
+
+def test_vcpus_that_are_being_started() -> None:
+    """INIT and SIPI are on their way, or a vCPU waits for them."""
+    with rig(**SENTINEL, cpus=4, append="checks=cpus,ipi pattern=1M") as one:
+        waiting = 0
+        for _ in range(12):
+            one.hand_over()
+            states = [state.sections["mp_state"].mp_state for state in one.machine.hypervisor.vcpu_states]
+            waiting += any(state != MpState.RUNNABLE for state in states)
+        settled(one)
+        assert waiting > 0
+
+
+def test_vcpus_are_saved_only_when_all_have_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the last one has, it can send the others interrupts."""
+    stopped: list[int] = []
+    at_save: list[int] = []
+    look, save = kvm_state.VcpuState.look, kvm_state.VcpuState.save
+
+    def note_stop(self: kvm_state.VcpuState, *how: Any) -> None:
+        if self.vcpu.index == 0:
+            time.sleep(0.05)
+        look(self, *how)
+        stopped.append(self.vcpu.index)
+
+    def note_save(self: kvm_state.VcpuState) -> None:
+        at_save.append(len(stopped))
+        save(self)
+
+    with rig(**SENTINEL, cpus=4, append="checks=counter pattern=1M") as one:
+        settled(one)
+        monkeypatch.setattr(kvm_state.VcpuState, "look", note_stop)
+        # Of the new machine only the state at birth would be saved; that comes before.
+        one.hand_over(built=lambda machine: monkeypatch.setattr(kvm_state.VcpuState, "save", note_save))
+        assert at_save == [4, 4, 4, 4]
+
+
+# --- interrupts ---
+
+
+def test_nmis_of_a_running_guest() -> None:
+    with rig(**SENTINEL, cpus=2, append="checks=counter pattern=1M") as one:
+        settled(one)
+        for count in range(1, 4):
+            one.machine.inject_nmi()
+            one.wait_for(lambda results, count=count: results.nmis == 2 * count)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["moved", "dropped"])
+def test_an_nmi_that_waits(kept: bool) -> None:
+    """Injected into a paused guest, it is pending when the guest moves; dropped, it never comes."""
+
+    def drop(machine: Machine) -> None:
+        machine.hypervisor.vcpu_states[0].sections["events"].nmi.pending = 0
+
+    with rig(**SENTINEL, append="checks=counter pattern=1M") as one:
+        settled(one)
+        one.machine.stop()
+        one.machine.inject_nmi()
+        one.hand_over(saved=None if kept else drop)
+        assert one.machine.run_state is RunState.PAUSED
+        one.machine.cont()
+        one.go_on()
+        assert one.results().nmis == (1 if kept else 0)
+
+
+def test_no_nmi_in_the_middle_of_a_handover() -> None:
+    with rig(**SENTINEL, append="checks=counter pattern=1M") as one:
+        settled(one)
+
+        def inject(machine: Machine) -> None:
+            with pytest.raises(VmmError, match="no NMI can be injected in run state finish-migrate"):
+                machine.inject_nmi()
+
+        one.hand_over(saved=inject)
+
+
+def test_a_wake_up_that_is_due_in_the_pause() -> None:
+    """The vCPU halts until its timer comes, and the pause is longer than that: it wakes up, late and once."""
+    with rig(**SENTINEL, append="checks=timer,hlt pattern=1M") as one:
+        settled(one)
+        halted = 0
+        for _ in range(12):
+            one.hand_over(saved=lambda machine: time.sleep(0.03))
+            halted += any(
+                state.sections["mp_state"].mp_state == MpState.HALTED
+                for state in one.machine.hypervisor.vcpu_states
+            )
+            one.go_on(turns=10)
+        assert one.results().errors == 0
+
+
+@pytest.fixture
+def with_irqfd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines with a device that is nothing but an eventfd: a line of the PIC or, with split, a message."""
+    build = Machine._build_devices
+
+    def build_more(machine: Machine, reactor: Any) -> None:
+        build(machine, reactor)
+        gsi = GSI
+        if machine.config.irqchip == "split":
+            gsi = FIRST_MSI
+            machine.routes.route_msi(gsi, MSI_ADDRESS, MSI_VECTOR)
+        machine.irqfds.open(0, gsi)
+
+    monkeypatch.setattr(Machine, "_build_devices", build_more)
+
+
+def signal(machine: Machine) -> None:
+    os.eventfd_write(machine.fds.get("irqfd"), 1)
+
+
+def raised(machine: Machine) -> bool:
+    """Whether the interrupt has reached a chip. The kernel does it from a work queue."""
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        if machine.config.irqchip == "split":
+            state = abi.kvm_lapic_state()
+            machine.hypervisor.vcpus[0].get_lapic(state)
+            if lapic.read_register(state, lapic.REQUEST + MSI_VECTOR // 32 * 0x10) & 1 << MSI_VECTOR % 32:
+                return True
+        else:
+            chip = abi.kvm_irqchip()
+            machine.hypervisor.vm.get_irqchip(abi.KVM_IRQCHIP_PIC_SLAVE, chip)
+            if chip.chip.pic.irr & 1 << GSI - 8:
+                return True
+        time.sleep(0.005)
+    return False
+
+
+def enable_lapic(machine: Machine) -> None:
+    state = abi.kvm_lapic_state()
+    vcpu = machine.hypervisor.vcpus[0]
+    vcpu.get_lapic(state)
+    lapic.write_register(state, lapic.SPURIOUS, lapic.SOFTWARE_ENABLE | 0xFF)
+    vcpu.set_lapic(state)
+
+
+def paused_rig(irqchip: str) -> Rig:
+    """A guest that stands still, so that what is raised stays where it is."""
+    one = Rig(kernel="hello64", irqchip=irqchip, paused=True)
+    if irqchip == "split":
+        enable_lapic(one.machine)
+    return one
+
+
+@pytest.mark.usefixtures("with_irqfd")
+@pytest.mark.parametrize("irqchip", ["kernel", "split"])
+@pytest.mark.parametrize("when", ["offered", "saved", "loaded", "after"])
+def test_an_eventfd_raises_its_interrupt_whenever_it_is_signalled(irqchip: str, when: str) -> None:
+    """Before the handover, or while no VM listens: it is in the new VM then."""
+    one = paused_rig(irqchip)
+    try:
+        assert not raised(one.machine)
+        eventfd = one.machine.fds.get("irqfd")
+        if when == "after":
+            one.hand_over()
+            signal(one.machine)
+        else:
+            one.hand_over(**{when: lambda _: os.eventfd_write(eventfd, 1)})
+        assert raised(one.machine)
+    finally:
+        one.close()
+
+
+@pytest.mark.usefixtures("with_irqfd")
+@pytest.mark.parametrize("step", ["saved", "loaded"])
+def test_an_eventfd_raises_its_interrupt_after_a_handover_that_failed(step: str) -> None:
+    one = paused_rig("kernel")
+    try:
+        eventfd = one.machine.fds.get("irqfd")
+
+        def fail(_: Machine) -> None:
+            os.eventfd_write(eventfd, 1)
+            raise RuntimeError("this handover is to fail")
+
+        with pytest.raises(RuntimeError, match="to fail"):
+            one.hand_over(**{step: fail})
+        assert raised(one.machine)
+        one.hand_over()
+        assert raised(one.machine)
+    finally:
+        one.close()
+
+
+@pytest.mark.usefixtures("with_irqfd")
+def test_nobody_listens_before_the_old_vm_has_stopped_listening() -> None:
+    """Where the kernel lets only one VM have an eventfd, the other order would fail."""
+    one = paused_rig("kernel")
+    seen: list[str] = []
+
+    def try_early(new: Machine) -> None:
+        eventfd = new.fds.get("irqfd")
+        try:
+            new.hypervisor.vm.assign_irqfd(eventfd, GSI)
+        except IoctlError as error:
+            seen.append(errno.errorcode[error.errno or 0])
+        else:
+            new.hypervisor.vm.deassign_irqfd(eventfd, GSI)
+            seen.append("allowed")
+
+    try:
+        one.hand_over(built=try_early)
+        assert seen in (["EBUSY"], ["allowed"])
+        signal(one.machine)
+        assert raised(one.machine)
+    finally:
+        one.close()
+
+
+def test_a_message_moves() -> None:
+    """KVM_SIGNAL_MSI to the LAPIC of a machine without other chips; requested, it moves with the LAPIC."""
+    one = paused_rig("split")
+    try:
+        assert one.machine.hypervisor.vm.signal_msi(MSI_ADDRESS, MSI_VECTOR)
+        one.hand_over()
+        assert raised(one.machine)
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize(("irqchip", "cpus"), [("split", 1), ("split", 4), ("none", 1)])
+def test_machines_with_fewer_chips(irqchip: str, cpus: int) -> None:
+    with rig(**SENTINEL, irqchip=irqchip, cpus=cpus, append="pattern=4M") as one:
+        settled(one)
+        for _ in range(5):
+            one.hand_over()
+            one.go_on(turns=20)
+        assert one.results().errors == 0
+
+
+# --- time ---
+
+
+def test_kvmclock_does_not_drift() -> None:
+    """Each handover misses by some nanoseconds; forty of them miss by no more."""
+    with rig(**SENTINEL, append="checks=kvmclock pattern=1M") as one:
+        settled(one)
+        ahead = []
+        for _ in range(40):
+            one.hand_over()
+            ahead.append(one.machine.hypervisor.clock.error_ns())
+        one.go_on()
+        assert one.results().errors == 0
+        assert max(abs(ns) for ns in ahead) < 1_000  # measured: 15
+
+
+def test_the_clock_goes_on_from_the_same_tsc() -> None:
+    with rig(**SENTINEL, cpus=2, append="checks=tsc,tscsync pattern=1M") as one:
+        settled(one)
+        offsets = [tsc.section.offset for tsc in one.machine.hypervisor.tscs]
+        for _ in range(5):
+            one.hand_over()
+            assert [vcpu.section.offset for vcpu in one.machine.hypervisor.tscs] == offsets
+            one.machine.stop()
+            assert [vcpu.tsc_offset for vcpu in one.machine.hypervisor.vcpus] == offsets
+            one.machine.cont()
+
+
+def test_a_deadline_set_before_the_mode_is_lost_and_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of loading matters: MSRs before the LAPIC, and KVM drops the TSC deadline."""
+    order = [name for name in kvm_state.LOAD_ORDER if name != "msrs"]
+    order.insert(order.index("lapic"), "msrs")
+    with rig(**SENTINEL, append="checks=timer pattern=1M stall_ms=300") as one:
+        settled(one)
+        monkeypatch.setattr(kvm_state, "LOAD_ORDER", tuple(order))
+        for _ in range(60):
+            one.hand_over()
+            if one.end(timeout_s=0.1) is not None:
+                break
+        assert one.violation().startswith("timer ")
+
+
+# --- what must not move ---
+
+
+def offering(change: Callable[[CpuidEntry], CpuidEntry]) -> Callable[..., Sequence[CpuidEntry]]:
+    def offer(*how: Any, **more: Any) -> tuple[CpuidEntry, ...]:
+        return tuple(change(entry) for entry in guest_cpuid(*how, **more))
+
+    return offer
+
+
+def test_a_host_that_offers_less_does_not_get_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_cmov(entry: CpuidEntry) -> CpuidEntry:
+        return replace(entry, edx=entry.edx & ~(1 << 15)) if entry.function == 1 else entry
+
+    with rig(**SENTINEL, append="checks=cpuid pattern=1M") as one:
+        settled(one)
+        monkeypatch.setattr(vmm.machine.hypervisor, "guest_cpuid", offering(without_cmov))
+        with pytest.raises(StateError, match=r"CPUID 0x1\.0\.EDX bits 0x8000"):
+            one.hand_over()
+        one.go_on()
+        assert one.results().errors == 0
+
+
+def test_a_vmm_that_offers_more_does_not_change_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def more(entry: CpuidEntry) -> CpuidEntry:
+        if entry.function == 0x8000_0002:
+            return replace(entry, eax=entry.eax ^ 1)
+        return replace(entry, ebx=entry.ebx | 1 << 31) if entry.function == 7 else entry
+
+    with rig(**SENTINEL, append="checks=cpuid pattern=1M") as one:
+        settled(one)
+        monkeypatch.setattr(vmm.machine.hypervisor, "guest_cpuid", offering(more))
+        one.hand_over()
+        one.go_on()
+        assert one.results().errors == 0
+
+
+def test_state_from_the_future_is_refused() -> None:
+    def add(machine: Machine) -> None:
+        machine.arena.place("vcpu/future", 0, abi.kvm_regs, 1)
+
+    with rig(**SENTINEL, append="checks=counter pattern=1M") as one:
+        settled(one)
+        with pytest.raises(StateError, match=r"neither this VMM nor this host's KVM knows: vcpu/future/0"):
+            one.hand_over(offered=add)
+        one.go_on()
+
+
+def test_an_msr_that_cannot_be_restored_is_refused_and_the_guest_goes_on() -> None:
+    def damage(machine: Machine) -> None:
+        """All ones in the first MSR that does not take it (an address that is not canonical, say)."""
+        values = machine.hypervisor.vcpu_states[0].sections["msrs"]
+        vcpu = machine.hypervisor.vcpus[0]
+        single = type(values)(nmsrs=1)
+        for entry in values.entries:
+            single.entries[0] = abi.kvm_msr_entry(index=entry.index, data=2**64 - 1)
+            if not vcpu.set_msrs(single):
+                entry.data = 2**64 - 1
+                return
+            single.entries[0].data = entry.data
+            assert vcpu.set_msrs(single) == 1
+        raise AssertionError("every MSR takes all ones here")
+
+    with rig(**SENTINEL, append="checks=counter,msr pattern=1M") as one:
+        settled(one)
+        with pytest.raises(StateError, match=r"vCPU 0: MSR 0x\w+ cannot be restored to 0xffffffffffffffff"):
+            one.hand_over(saved=damage)
+        one.go_on()
+        one.hand_over()
+        one.go_on()
+        assert one.results().errors == 0
+
+
+def test_a_handover_that_fails_late_loses_nothing() -> None:
+    def fail(_: Machine) -> None:
+        raise RuntimeError("this handover is to fail")
+
+    with rig(**SENTINEL, cpus=2, append="pattern=4M") as one:
+        settled(one)
+        for step in ("built", "saved", "loaded") * 4:
+            with pytest.raises(RuntimeError, match="to fail"):
+                one.hand_over(**{step: fail})
+            one.go_on(turns=20)
+        assert one.results().errors == 0
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_native_instructions_go_on(cpus: int) -> None:
+    need_native_instructions()
+    append = "checks=counter,x87,xmm,ymm,registers,control,debug,tsc,tscsync,kvmclock,ipi fpu=1 pattern=4M"
+    with rig(**SENTINEL, cpus=cpus, append=append) as one:
+        settled(one, turns=1000)
+        for _ in range(5):
+            one.hand_over()
+            one.go_on(turns=1000, timeout_s=60.0)
+        assert one.results().errors == 0
+
+
+def test_a_guest_that_was_moved_can_be_reset() -> None:
+    with rig(**SENTINEL, cpus=2, append="checks=counter,lapic,pic,ioapic,msr pattern=1M") as one:
+        settled(one)
+        one.hand_over()
+        first_tsc = one.results().start_tsc
+        one.machine.reset()
+        one.wait_for(lambda results: results.start_tsc > first_tsc)
+        settled(one)
+        assert one.results().errors == 0

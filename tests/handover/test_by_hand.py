@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ async def monitor(path: Path) -> AsyncIterator[QMPClient]:
     try:
         yield client
     finally:
-        await client.disconnect()
+        with suppress(EOFError):  # a VMM that was told to quit may hang up first
+            await client.disconnect()
 
 
 async def statuses(listener: EventListener, until: str) -> list[str]:

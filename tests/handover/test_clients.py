@@ -1,4 +1,4 @@
-"""A client of the monitor moves with the guest; the one that asked for the handover stays with the old one."""
+"""Clients of the monitor move with the guest; the one that asked for the handover stays with the old VMM."""
 
 from __future__ import annotations
 

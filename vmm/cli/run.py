@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vmm.process import Options, VmmProcess
 
     values = given_values(arguments)
-    keeper = _process_option(values, arguments, "keeper", bool, False)
+    keeper = _process_option(values, arguments, "keeper", bool, True)
     orphan_timeout_s = _process_option(values, arguments, "orphan_timeout", float, 0.0)
     restart = _process_option(values, arguments, "restart", str, "never")
     incoming = _incoming(arguments.incoming) if arguments.incoming else None

@@ -154,8 +154,8 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class CheckResults:
-    """One check over all vCPUs; `expected`, `seen` and `where` are those of its last error, `value` is a figure
-    that the check keeps (firmware/README.md).
+    """One check over all vCPUs; `expected`, `seen` and `where` are those of its last error, `value` is a
+    figure that the check keeps (firmware/README.md).
     """
 
     id: int

@@ -14,11 +14,12 @@ static struct {
 	bool end_wanted; /* asked for while another report is under way */
 	u32 step;
 	u32 sent; /* bytes of `text` */
-	bool first_check;
+	u32 slot; /* of the next check in a list */
+	bool first; /* of a list */
 	struct text text;
 } report;
 
-static const char *const check_states[] = { "off", "on", "unavailable" };
+#define BYTES_IN_A_TURN 2 /* each is an exit to the VMM */
 
 static u64 total_count(u32 id)
 {
@@ -35,28 +36,63 @@ static void next_field(struct text *t, const char *name, u64 value)
 	text_field(t, name, value);
 }
 
-static void check_field(struct text *t, const struct check_results *r)
+static void separate(struct text *t)
 {
-	if (!r->id)
-		return;
-	if (!report.first_check)
+	if (!report.first)
 		text_char(t, ',');
-	report.first_check = false;
+	report.first = false;
+}
+
+static void count_field(struct text *t, const struct check_results *r)
+{
+	separate(t);
+	text_field(t, r->name, total_count(r->id));
+}
+
+static void unavailable_name(struct text *t, const struct check_results *r)
+{
+	separate(t);
 	text_char(t, '"');
 	text_string(t, r->name);
-	text_string(t, "\":{\"state\":\"");
-	text_string(t, check_states[r->state]);
 	text_char(t, '"');
-	next_field(t, "count", total_count(r->id));
-	next_field(t, "errors", r->errors);
-	text_char(t, '}');
+}
+
+/* The next check in that state, from slot `report.slot` on. */
+static const struct check_results *next_check(enum check_state state)
+{
+	while (report.slot < CHECK_SLOTS) {
+		const struct check_results *r = &results.checks[report.slot++];
+
+		if (r->id && r->state == state)
+			return r;
+	}
+	return NULL;
+}
+
+/* One entry of a list of checks in that state; after the last, the step is over. */
+static void list_step(struct text *t, enum check_state state, void (*entry)(struct text *, const struct check_results *))
+{
+	const struct check_results *r = next_check(state);
+
+	if (!r) {
+		report.step++;
+		return;
+	}
+	entry(t, r);
+}
+
+static void begin_list(struct text *t, const char *opening)
+{
+	text_string(t, opening);
+	report.first = true;
+	report.slot = 0;
 }
 
 static void violation_field(struct text *t)
 {
 	const struct violation *violation = &results.violation;
 
-	text_string(t, "},\"violation\":");
+	text_string(t, "],\"violation\":");
 	if (!results.errors) {
 		text_string(t, "null");
 		return;
@@ -73,53 +109,61 @@ static void violation_field(struct text *t)
 	text_char(t, '}');
 }
 
-/* One step of the line into `t`; false after the last. */
-static bool make_step(struct text *t, u32 step)
+/* The next piece of the line into `t`; false after the last. */
+static bool make_step(struct text *t)
 {
 	const struct cpu_results *cpu = &results.cpu[0];
 
-	switch (step) {
+	switch (report.step) {
 	case 0:
 		text_string(t, "{\"guest\":\"sentinel\",\"end\":");
 		text_string(t, report.ends_guest || results.errors ? "true" : "false");
-		return true;
+		break;
 	case 1:
 		next_field(t, "cpus", cpu_count);
 		next_field(t, "tsc_khz", results.tsc_khz);
-		return true;
+		break;
 	case 2:
 		next_field(t, "ticks", results.ticks);
 		next_field(t, "rounds", results.rounds);
-		return true;
+		break;
 	case 3:
 		next_field(t, "pattern_bytes", results.pattern_bytes);
 		next_field(t, "errors", results.errors);
-		return true;
+		break;
 	case 4:
 		next_field(t, "turns", cpu->turns);
 		next_field(t, "cycles", cpu->last_tsc - cpu->first_tsc);
-		return true;
+		break;
 	case 5:
 		next_field(t, "gaps", cpu->gaps_done);
 		next_field(t, "gap_cycles", cpu->gap_cycles);
-		return true;
+		break;
 	case 6:
 		next_field(t, "largest_gap_cycles", cpu->largest_gap_cycles);
 		next_field(t, "nmis", results.nmis);
-		text_string(t, ",\"checks\":{");
-		report.first_check = true;
+		break;
+	case 7:
+		begin_list(t, ",\"checks\":{");
+		break;
+	case 8:
+		list_step(t, CHECK_ON, count_field);
 		return true;
-	}
-	if (step < 7 + CHECK_SLOTS) {
-		check_field(t, &results.checks[step - 7]);
+	case 9:
+		begin_list(t, "},\"unavailable\":[");
+		break;
+	case 10:
+		list_step(t, CHECK_UNAVAILABLE, unavailable_name);
 		return true;
-	}
-	if (step == 7 + CHECK_SLOTS) {
+	case 11:
 		violation_field(t);
 		text_string(t, "}\r\n");
-		return true;
+		break;
+	default:
+		return false;
 	}
-	return false;
+	report.step++;
+	return true;
 }
 
 void report_request(bool ends_guest)
@@ -147,13 +191,13 @@ void report_turn(void)
 {
 	if (*(volatile u32 *)&violated)
 		stand_still();
-	if (report.sent < report.text.used) {
+	for (u32 i = 0; i < BYTES_IN_A_TURN && report.sent < report.text.used; i++)
 		if (serial_has_room())
 			serial_send(report.text.bytes[report.sent++]);
+	if (report.sent < report.text.used)
 		return;
-	}
 	report.sent = report.text.used = 0;
-	if (make_step(&report.text, report.step++))
+	if (make_step(&report.text))
 		return;
 	report_active = false;
 	if (!report.ends_guest) {
@@ -167,14 +211,14 @@ void report_turn(void)
 
 void report_at_once(void)
 {
-	struct text t;
+	struct text t = { .used = 0 };
 
 	serial_text("\r\n"); /* a report may be under way: its line is left as it is */
-	for (u32 step = 0, more = true; more; step++) {
-		t.used = 0;
-		more = make_step(&t, step);
+	report.step = 0;
+	while (make_step(&t)) {
 		for (u32 i = 0; i < t.used; i++)
 			serial_put(t.bytes[i]);
+		t.used = 0;
 	}
 }
 

@@ -24,11 +24,13 @@ class KeptGuest:
         self.out = runtime / "out"
         self._spawn = spawn
         self._env = {"XDG_RUNTIME_DIR": str(runtime)}
+        self.faults: str | None = None  # for the VMMs that are started from now on, by whomever
         self.vmm: Spawned
         self.client: QmpClient | None = None
 
     def verb(self, *arguments: str) -> Spawned:
-        return self._spawn.vmm(*arguments, env=self._env)
+        faults = {} if self.faults is None else {"VMM_FAULT": self.faults}
+        return self._spawn.vmm(*arguments, env={**self._env, **faults})
 
     def run(self, *options: str, guest: str = "ticker", append: str = "rate=20") -> Spawned:
         """`vmm run`; it answers."""
@@ -43,10 +45,24 @@ class KeptGuest:
     def _answering(self, vmm: Spawned) -> Spawned:
         self.vmm = vmm
         self.hang_up()
-        self.client = connect(vmm, self.folder / f"qmp-{vmm.pid}.sock")
+        self.client = connect(vmm, self._monitor(vmm.pid))
         if vmm.argv[-1] != "-S":
             wait_for("the guest", lambda: self.state != "inmigrate")
         return vmm
+
+    def _monitor(self, pid: int) -> Path:
+        return self.folder / f"qmp-{pid}.sock"
+
+    def connect_to(self, pid: int) -> None:
+        """Speak to the VMM `pid`, which answers."""
+        self.hang_up()
+        self.client = QmpClient.connect(self._monitor(pid), 20)
+
+    def kill_process(self, pid: int) -> None:
+        """SIGKILL to a VMM that nobody here has started."""
+        self.hang_up()
+        os.kill(pid, signal.SIGKILL)
+        wait_for(f"the end of VMM {pid}", lambda: ended(pid))
 
     def hang_up(self) -> None:
         if self.client is not None:

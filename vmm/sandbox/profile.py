@@ -1,7 +1,7 @@
 """What a VMM process and a keeper do once they are set up: the only system calls that they need.
 
-Measured by running every test with `--sandbox log`, where the kernel writes each call beyond this table to
-its log. A feature that needs another call adds it here, with its reason.
+Measured with strace, with glibc, over what the tests do, and held by running every test confined. A feature
+that needs another call adds it here, with its reason.
 """
 
 from __future__ import annotations
@@ -31,60 +31,31 @@ PR_SET_NAME, PR_SET_VMA = 15, 0x53564D41  # names of threads and mappings: Pytho
 NOT_HERE: Final = Action.ERRNO | errno.ENOSYS  # the C library then uses the older call
 REFUSED: Final = Action.ERRNO | errno.EPERM
 
+
+def words(*lines: str) -> tuple[str, ...]:
+    """The words of `lines`."""
+    return tuple(word for line in lines for word in line.split())
+
+
 # Calls without conditions. What they work on is an fd that is open, memory, time, or the process itself; a
 # path meets Landlock.
-MEMORY = ("munmap", "mremap", "madvise", "brk", "mincore", "memfd_create", "ftruncate", "fallocate")
-THREADS = (
-    *("futex", "set_robust_list", "rseq", "exit", "exit_group", "gettid", "getpid", "sched_yield"),
-    *("sched_getaffinity", "membarrier", "getcpu", "restart_syscall"),
-    *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigtimedwait", "sigaltstack"),
+MEMORY = words("munmap mremap madvise brk mincore memfd_create ftruncate fallocate")
+THREADS = words(
+    "futex set_robust_list rseq exit exit_group gettid getpid sched_yield sched_getaffinity membarrier",
+    "getcpu rt_sigaction rt_sigprocmask rt_sigreturn rt_sigtimedwait sigaltstack restart_syscall",
 )
-TIME = ("clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep", "gettimeofday", "time", "getrandom")
-STREAMS = ("read", "write", "readv", "writev", "pread64", "pwrite64", "lseek", "close", "fstat", "newfstatat")
-EVENTS = ("poll", "ppoll", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "eventfd2", "pipe2")
-SOCKETS = (
-    *(
-        "connect",
-        "bind",
-        "listen",
-        "accept",
-        "accept4",
-        "shutdown",
-        "sendto",
-        "recvfrom",
-        "sendmsg",
-        "recvmsg",
-    ),
-    *("getsockname", "getpeername", "setsockopt", "getsockopt"),
+TIME = words("clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time getrandom")
+STREAMS = words("read write readv writev pread64 pwrite64 lseek close fstat newfstatat dup dup2 dup3")
+EVENTS = words("poll ppoll epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2 pipe2")
+SOCKETS = words(
+    "connect bind listen accept accept4 shutdown sendto recvfrom sendmsg recvmsg",
+    "getsockname getpeername setsockopt getsockopt",
 )
-FILES = (
-    *(
-        "openat",
-        "stat",
-        "lstat",
-        "statx",
-        "access",
-        "faccessat",
-        "faccessat2",
-        "readlink",
-        "readlinkat",
-        "getdents64",
-    ),
-    *(
-        "getcwd",
-        "fchmod",
-        "unlink",
-        "unlinkat",
-        "rename",
-        "renameat",
-        "renameat2",
-        "symlink",
-        "symlinkat",
-        "rmdir",
-    ),
-    *("dup", "dup2", "dup3"),
+FILES = words(
+    "openat stat lstat statx access faccessat faccessat2 readlink readlinkat getdents64 getcwd",
+    "fchmod unlink unlinkat rename renameat renameat2 symlink symlinkat rmdir",
 )
-IDENTITY = ("getuid", "geteuid", "getgid", "getegid", "getppid", "uname", "sysinfo", "getrusage", "getrlimit")
+IDENTITY = words("getuid geteuid getgid getegid getppid uname sysinfo getrusage getrlimit")
 
 NEW_THREADS = (  # and no processes: clone3's flags are in memory, where no filter can see them
     Rule("clone", (Where(0, CLONE_THREAD, CLONE_THREAD),)),
@@ -96,17 +67,8 @@ NEW_THREADS = (  # and no processes: clone3's flags are in memory, where no filt
 def vmm_rules(pid: int, refused: int = REFUSED) -> list[Rule]:
     """The VMM process `pid`, from the end of its set-up on; `refused`: what a library can live without."""
     requests = (FIONBIO, FIOCLEX, FIONCLEX, TCGETS, TCSETS, TCSETSW, TCSETSF, TCGETS2, TCSETS2, TIOCGPTN)
-    commands = (
-        F_GETFD,
-        F_SETFD,
-        F_GETFL,
-        F_SETFL,
-        F_OFD_GETLK,
-        F_OFD_SETLK,
-        F_DUPFD_CLOEXEC,
-        F_ADD_SEALS,
-        F_GET_SEALS,
-    )
+    flags = (F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC)
+    commands = (*flags, F_OFD_GETLK, F_OFD_SETLK, F_ADD_SEALS, F_GET_SEALS)
     return [
         Rule("ioctl", (Where(1, KVMIO, IOCTL_TYPE), *(Where(1, request) for request in requests))),
         *_plain(STREAMS, THREADS, EVENTS, MEMORY, TIME, SOCKETS, FILES, IDENTITY),
@@ -125,16 +87,14 @@ def keeper_rules(pid: int, ioctls: Iterable[int], refused: int = REFUSED) -> lis
     """The keeper `pid`, before its first message: KVM's `ioctls`, its sockets and threads; no file is
     opened.
     """
-    calls = (
-        *("read", "write", "close", "poll", "eventfd2", "accept4", "sendmsg", "sendto", "recvmsg"),
-        *("lseek", "fstat", "newfstatat", "getsockname", "getsockopt", "geteuid"),
-        *("munmap", "mremap", "madvise", "brk", "clock_gettime", "clock_nanosleep"),
-        *("pidfd_open", "unlink"),  # for who waits for its end; its own socket, then
-        *(call for call in THREADS if call != "sigaltstack"),
+    calls = words(
+        "read write close poll eventfd2 accept4 sendmsg sendto recvmsg lseek fstat newfstatat getsockname",
+        "getsockopt geteuid munmap mremap madvise brk clock_gettime clock_nanosleep",
+        "pidfd_open unlink",  # for who waits for its end; its own socket, then
     )
     return [
         Rule("ioctl", tuple(Where(1, request) for request in (*ioctls, FIONBIO, FIOCLEX, FIONCLEX))),
-        *_plain(calls),
+        *_plain(calls, (call for call in THREADS if call != "sigaltstack")),
         Rule("fcntl", tuple(Where(1, command) for command in (F_GETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC))),
         Rule("tgkill", (Where(0, pid),)),
         Rule("openat", action=Action.ERRNO | errno.EACCES),  # a traceback's source lines; the C library's own

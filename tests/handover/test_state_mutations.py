@@ -8,6 +8,7 @@ nobody loads anything. Each guest runs with the one check that is to notice.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from tests.handover.rig import Rig, Step, rig
 from tests.native import need_native_instructions
 from vmm.errors import GuestCrash
+from vmm.kvm import MpState, abi
 from vmm.machine.cpuid_state import kept_cpuid
 from vmm.machine.lapic_state import INITIAL_COUNT, LVT_TIMER, write_register
 from vmm.machine.machine import Machine
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.kvm
 STALL = "stall_ms=300"
 NOTICED_S = 15.0
 CRASH = "crash"
+EXCEPTION = f"debug-exit with status {101 << 1 | 1}"  # one that sentinel did not ask for
 
 
 def content(arena: Arena, section: Section) -> memoryview:
@@ -145,10 +148,8 @@ ROWS = (
     Row("debugregs", "debug", at_birth("vcpu/debugregs")),
     Row("msrs", "msr", at_birth("vcpu/msrs")),
     Row("lapic", "lapic", at_birth("vcpu/lapic")),
-    Row("lapic-requests", "ipi", changed("lapic", no_requests), cpus=2, options=STALL, handovers=40),
     Row("lapic-timer", "timer", changed("lapic", no_timer), options=STALL),
     Row("mp_state", "cpus", at_birth("vcpu/mp_state"), cpus=2, options=STALL),
-    Row("mp_state", "hlt", changed("mp_state", set_to(mp_state=0)), handovers=400),
     Row("testdev", "pio", cleared("testdev")),
     Row("testdev", "mmio", cleared("testdev")),
 )
@@ -158,25 +159,67 @@ def noticed(one: Rig, row: Row) -> str:
     """Which check noticed, after as many handovers as it may take."""
     for _ in range(row.handovers):
         one.hand_over(**dict.fromkeys(row.when, row.damage))
-        if (end := one.end(timeout_s=NOTICED_S if row.handovers == 1 else 0.02)) is not None:
-            if isinstance(end, GuestCrash):
-                return CRASH
-            assert isinstance(end, str), end
-            return one.violation()
-    if (end := one.end(timeout_s=1.0)) is not None:
-        return one.violation()
-    return "nobody"
+        if found := finding(one, NOTICED_S if row.handovers == 1 else 0.02):
+            return found
+    return finding(one, 1.0) or "nobody"
+
+
+def finding(one: Rig, timeout_s: float) -> str:
+    """What the guest found within that time, or how it ended; empty if neither."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := one.violation()):
+        if (end := one.end(timeout_s=0.01)) is not None:
+            found = one.violation()
+            return found or (CRASH if isinstance(end, GuestCrash) or end == EXCEPTION else str(end))
+        if time.monotonic() > deadline:
+            break
+    return found
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_a_loss_is_noticed(row: Row) -> None:
-    needs = "timer," if row.check == "hlt" else ""
-    append = f"checks={needs}{row.check} pattern=4M {row.options}"
+    append = f"checks={row.check} pattern=4M {row.options}"
     with rig(kernel="sentinel", append=append, cpus=row.cpus, testdev=True) as one:
         one.wait_for(lambda results: True)
         one.go_on(turns=100)
         seen = noticed(one, row)
         assert seen.startswith(f"{row.check} ") or (row.crash and seen == CRASH), seen
+
+
+def test_a_lost_interrupt_request_is_noticed() -> None:
+    """One vCPU stands still until the other has sent it an interrupt; that is dropped."""
+    row = Row("lapic-requests", "ipi", changed("lapic", no_requests))
+    with rig(kernel="sentinel", append="checks=ipi pattern=4M stall_ms=2000", cpus=2) as one:
+        one.wait_for(lambda results: True)
+        one.go_on(turns=100)
+        one.machine.threads[1].pause()
+        time.sleep(0.1)
+        assert noticed(one, row).startswith("ipi ")
+
+
+def test_a_halted_vcpu_that_goes_on_is_noticed() -> None:
+    """It is loaded as one that runs, and no interrupt comes that would wake it."""
+
+    def wake(machine: Machine) -> None:
+        changed("mp_state", set_to(mp_state=MpState.RUNNABLE))(machine)
+        changed("lapic", no_timer)(machine)
+        changed("lapic", no_requests)(machine)
+
+    with rig(kernel="sentinel", append="checks=timer,hlt pattern=1M") as one:
+        one.wait_for(lambda results: True)
+        deadline = time.monotonic() + 30.0
+        while True:
+            one.machine.stop()
+            state = abi.kvm_mp_state()
+            one.machine.hypervisor.vcpus[0].get_mp_state(state)
+            if state.mp_state == MpState.HALTED:
+                break
+            assert time.monotonic() < deadline
+            one.machine.cont()
+            time.sleep(0.0005)
+        one.hand_over(saved=wake)
+        one.machine.cont()
+        assert finding(one, NOTICED_S).startswith("hlt ")
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from vmm.machine.kvm_state import XSAVE_SIZE, VcpuFacts, VcpuState, VmState, vm_
 from vmm.machine.msr_state import MsrList, kernel_list
 from vmm.machine.tsc_state import TscState
 from vmm.memory import GuestMemory
-from vmm.memory.guest import GUEST_MEMFD
 from vmm.state import Arena
 from vmm.state.arena import SIZE as ARENA_SIZE
 
@@ -61,17 +60,22 @@ class Hypervisor:
         self,
         config: MachineConfig,
         fds: FdStore,
+        memory: GuestMemory | None,
         arena: Arena,
         port: Port,
         origin: Origin,
     ) -> None:
-        """Map RAM; make the VM, or take its fds. Raises ConfigError, HostError, StateError; then nothing is
-        left open.
+        """Make the VM, or take its fds. `memory` is None where RAM is the VM's own, and comes with it.
+
+        Raises HostError, StateError; then nothing is left open.
         """
         self.origin = origin
         self.port = port
         self._config = config
         self._arena = arena
+        self._bound = memory is None
+        if memory is not None:
+            self.memory = memory
         self._opened = ExitStack()
         try:
             self._build(fds)
@@ -80,10 +84,7 @@ class Hypervisor:
             raise
 
     def _build(self, fds: FdStore) -> None:
-        config, arena, port, origin = self._config, self._arena, self.port, self.origin
-        self._bound = config.memory_backend == GUEST_MEMFD  # RAM is the VM's, and comes after it
-        if not self._bound:
-            self.memory = GuestMemory.map(fds, config.memory, config.hugepages)
+        arena, port, origin = self._arena, self.port, self.origin
         self.facts = arena.place("hypervisor", 0, HypervisorFacts)
         if origin is Origin.ADOPTED:
             self._system = self._opened.enter_context(System())

@@ -40,7 +40,8 @@ from vmm.machine.irqfd import GsiRoutes, IrqFds
 from vmm.machine.journal import Journal, JournaledReactor
 from vmm.machine.runstate import RunState, check_transition
 from vmm.machine.vcpu_thread import VcpuThread
-from vmm.memory import layout
+from vmm.memory import GuestMemory, layout
+from vmm.memory.guest import GUEST_MEMFD
 from vmm.state import Arena
 from vmm.trace import Tracer
 
@@ -216,10 +217,12 @@ class Machine:
         self._turn: AbstractContextManager[object] = threading.Lock() if port.outlives else nullcontext()
         if origin is Origin.NEW and image is None:
             image = load_kernel(config, fds)  # a bad one is refused before any VM is
+        bound = config.memory_backend == GUEST_MEMFD
+        memory = None if bound else GuestMemory.map(fds, config.memory, config.hugepages)
         self.arena = Arena.open(fds)
         self.state = self.arena.place("machine", 0, MachineState)
         keep_config(self.arena, config)
-        self.hypervisor = Hypervisor(config, fds, self.arena, port, origin)
+        self.hypervisor = Hypervisor(config, fds, memory, self.arena, port, origin)
         try:
             self._furnish(image, reactor, may_run)
         except BaseException:

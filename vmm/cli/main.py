@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "console": ("vmm.cli.console", "talk to a VM's serial line"),
     "list": ("vmm.cli.list", "list the named VMs that run"),
     "demo": ("vmm.cli.demo", "watch a guest tick while its VMM is replaced"),
+    "doctor": ("vmm.cli.doctor", "say whether guests can run here, and what is lost for want of what"),
     "version": ("vmm.cli.version", "say the versions of all that matters in a handover"),
 }
 

@@ -36,7 +36,8 @@ from vmm.report.results import CPU_SIZE, HEADER_SIZE, GuestState, Results, Resul
 OLD, NEW, NOBODY = frozenset({"old"}), frozenset({"new"}), frozenset({"nobody"})
 EITHER = OLD | NEW
 
-TIMEOUTS_MS = {"setup": 1500, "prepare": 500, "commit": 500}
+SHORT_MS = {"setup": 1500, "prepare": 500, "commit": 500}  # where it is a deadline that ends a wait
+LONG_MS = {"setup": 10_000, "prepare": 3_000, "commit": 1_500}
 DELAY_MS = 40  # well within the deadlines
 STOPPED_S = 3.0  # at most: longer than all the deadlines that can follow on each other
 SETTLE_S = 15.0  # a cell that takes longer hangs
@@ -137,6 +138,11 @@ class Cell:
     def fault(self) -> str:
         """As VMM_FAULT has it."""
         return f"{self.side}:{self.point}:{self.kind}" + (f":{DELAY_MS}" if self.kind == "delay" else "")
+
+    @property
+    def deadlines_ms(self) -> dict[str, int]:
+        """Of both sides: short where one of them stops."""
+        return SHORT_MS if "stop" in (self.kind, self.provoke.rpartition(":")[2]) else LONG_MS
 
     def faults_of(self, side: str) -> str:
         """All that `side` is to do, as VMM_FAULT has it."""
@@ -394,9 +400,9 @@ class Vmm:
             return {}
         return answer
 
-    def prepare(self) -> None:
+    def prepare(self, deadlines_ms: dict[str, int]) -> None:
         """Set mode and deadlines."""
-        deadlines = {f"x-vmm-{name}-timeout": ms for name, ms in TIMEOUTS_MS.items()}
+        deadlines = {f"x-vmm-{name}-timeout": ms for name, ms in deadlines_ms.items()}
         self.ask("migrate-set-parameters", {"mode": "cpr-transfer", **deadlines})
 
     def migrate_to(self, new: Vmm) -> None:
@@ -448,6 +454,7 @@ class Matrix:
         self._mode = mode
         self._image = guest
         self._count = 0
+        self._vmms: list[Vmm] = []
         self._current: Vmm | None = None
         self._guest: Guest | None = None
         self._fds: list[str] = []  # what a VMM that received the guest has open
@@ -455,8 +462,7 @@ class Matrix:
     def close(self) -> None:
         """End every process."""
         self._forget()
-        for process in reversed(self._spawn.spawned):
-            process.end()
+        self._reap()
 
     def _forget(self) -> None:
         if self._guest is not None:
@@ -480,9 +486,11 @@ class Matrix:
 
     def _reap(self) -> None:
         """End every process but the one that has the guest."""
-        for process in self._spawn.spawned:
-            if self._current is None or process.pid != self._current.pid:
-                process.end()
+        for vmm in self._vmms:
+            if vmm is not self._current:
+                vmm.close()
+                vmm.process.end()
+        self._vmms = [vmm for vmm in self._vmms if vmm is self._current]
 
     def _start(self, *arguments: str, faults: str = "") -> Vmm:
         self._count += 1
@@ -490,13 +498,16 @@ class Matrix:
         process = self._spawn.vmm(
             "run",
             "-v",
+            "--keeper" if self._mode == "adopt" else "--no-keeper",
             f"--qmp=unix:{self._folder / name}",
             *arguments,
             env={"VMM_FAULT": faults} if faults else None,
         )
-        return Vmm(process, self._folder, self._count)
+        vmm = Vmm(process, self._folder, self._count)
+        self._vmms.append(vmm)
+        return vmm
 
-    def _await_guest(self, faults: str) -> Vmm:
+    def _await_guest(self, faults: str, deadlines_ms: dict[str, int]) -> Vmm:
         number = self._count + 1
         cpr = f"cpr,addr.transport=socket,addr.type=unix,addr.path={self._folder / f'c{number}'}"
         new = self._start(
@@ -505,7 +516,7 @@ class Matrix:
             f"--handover={self._mode}",
             faults=faults,
         )
-        new.prepare()
+        new.prepare(deadlines_ms)
         return new
 
     def _hand_over(self, old: Vmm, new: Vmm) -> None:
@@ -524,13 +535,12 @@ class Matrix:
 
     def _cold_start(self, faults: str) -> Vmm:
         """A guest that has been handed over once."""
-        keeper = "--keeper" if self._mode == "adopt" else "--no-keeper"
-        first = self._start(self._image, "--append=pattern=64K", "--serial=null", "--memory=32M", keeper)
-        first.prepare()
+        first = self._start(self._image, "--append=pattern=64K", "--serial=null", "--memory=32M")
+        first.prepare(LONG_MS)
         self._guest = Guest(first.pid)
         if not self._guest.moves():
             raise Lost(f"{first.process}: the guest does not move{first.process.output()}")
-        second = self._await_guest(faults)
+        second = self._await_guest(faults, LONG_MS)
         self._hand_over(first, second)
         if not self._fds:
             self._fds = open_fds(second.pid)
@@ -542,19 +552,18 @@ class Matrix:
             old = self._cold_start(cell.faults_of("outgoing"))
         guest = self._guest
         assert guest is not None
-        new = self._await_guest(cell.faults_of("incoming"))
+        new = self._await_guest(cell.faults_of("incoming"), cell.deadlines_ms)
         if cell.paused:
             old.ask("stop")
         epoch = guest.epoch()
-        old.prepare()
+        old.prepare(cell.deadlines_ms)
         old.migrate_to(new)
         self._settle(old, new, outcome)
         self._look(cell, old, new, guest, epoch, outcome)
         self._listen(cell, old, new, outcome)
         self._current = None
         if outcome.who == "nobody":
-            self._guest.close() if self._guest else None
-            self._guest = None
+            self._forget()
             return
         survivor, other = (old, new) if outcome.who == "old" else (new, old)
         if not _within(1.0, lambda: survivor.dead or open_fds(survivor.pid) == self._fds):
@@ -567,7 +576,8 @@ class Matrix:
             survivor.ask("cont")
         if not other.dead:
             other.end()
-        second = self._await_guest(following.faults_of("outgoing") if following else "")
+        survivor.prepare(LONG_MS)
+        second = self._await_guest(following.faults_of("outgoing") if following else "", LONG_MS)
         try:
             self._hand_over(survivor, second)
         except Lost as error:

@@ -1,0 +1,101 @@
+"""A part of the matrix that `scripts/bench faults` runs in full: real VMMs killed, stopped and cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.handover.fault_matrix import KINDS, NEW, OLD, PROBLEMS, STEPS, Cell, Matrix, Outcome, cells
+from vmm.cpr import faults
+from vmm.errors import UsageError
+
+Run = Callable[[list[Cell]], list[Outcome]]
+
+CHOSEN = {
+    "the old VMM dies before the state is told": ["outgoing:pause:kill", "outgoing:send_state:kill"],
+    "the old VMM dies once it is": [
+        "outgoing:after-send_state:kill",
+        "outgoing:after-release_token:kill",
+        "outgoing:receive_running:kill",
+    ],
+    "the new VMM dies before it has the token": [
+        "incoming:build:kill",
+        "incoming:load:kill",
+        "incoming:take_token:kill",
+    ],
+    "the new VMM dies with the guest": ["incoming:after-take_token:kill", "incoming:after-send_running:kill"],
+    "the old VMM stops": ["outgoing:after-send_state:stop", "outgoing:after-release_token:stop"],
+    "the new VMM stops": ["incoming:receive_commit:stop", "incoming:after-take_token:stop"],
+    "the new VMM has it all, and the old one dies": [
+        "outgoing:keep_token:kill (incoming:send_prepared:stop)",
+        "outgoing:after-roll_back:kill (incoming:send_prepared:stop)",
+    ],
+    "a step fails": ["incoming:load:fail", "outgoing:send_commit:break", "incoming:send_running:break"],
+    "a connection is lost": ["outgoing:after-connect_main:hang-up", "incoming:send_prepared:hang-up"],
+    "it is cancelled": ["outgoing:begin_commit:cancel", "outgoing:after-begin_commit:cancel"],
+    "the guest is paused": ["outgoing:receive_prepared:fail paused", "outgoing:after-send_state:kill paused"],
+}
+
+
+@pytest.fixture
+def run_cells(kvm_device: Path, tmp_socket_dir: Path) -> Iterator[Run]:
+    """Runs cells in a matrix of their own."""
+    matrix = Matrix(tmp_socket_dir, mode="rebuild")
+    yield lambda chosen: list(matrix.run(chosen))
+    matrix.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("names", CHOSEN.values(), ids=CHOSEN)
+def test_never_two_never_none(run_cells: Run, names: list[str]) -> None:
+    by_name = {str(cell): cell for cell in cells()}
+    for outcome in run_cells([by_name[name] for name in names]):
+        assert outcome.problems == [], f"{outcome.cell}: {outcome.problems}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+def test_the_matrix_sees_what_is_wrong(run_cells: Run) -> None:
+    """A fault that never strikes, and a guest that is elsewhere than it should be."""
+    (outcome,) = run_cells([Cell("outgoing", "nap", "delay", OLD)])
+    assert [kind for kind, _ in outcome.problems] == ["wrong place", "silence"]
+    assert outcome.who == "new"
+
+
+def test_the_matrix_is_whole() -> None:
+    """Every step of both sides is there, before and after, in every kind that makes sense."""
+    every = cells()
+    assert len({str(cell) for cell in every}) == len(every) >= 200
+    assert {cell.kind for cell in every} == set(KINDS)
+    # `nap` is between two processes' instructions: nothing can be struck there for certain
+    for side, known in faults.STEPS.items():
+        struck = {cell.point.removeprefix("after-") for cell in every if cell.side == side}
+        assert struck == known - {"nap"}
+        assert set(STEPS[side]) <= known
+    for cell in every:
+        assert [str(fault) for fault in faults.parse(cell.fault)] == [cell.fault]
+    kills = {cell.point: cell.expected for cell in every if cell.kind == "kill" and not cell.provoke}
+    assert kills["after-send_state"] == NEW
+    assert kills["take_token"] == OLD
+    assert len(PROBLEMS) == len(set(PROBLEMS))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "outgoing",
+        "outgoing:load:kill",
+        "sideways:load:kill",
+        "incoming:load:explode",
+        "incoming:load:delay",
+        "incoming:load:delay:-1",
+        "incoming:load:kill:9",
+        "incoming:enter:kill",
+    ],
+)
+def test_faults_that_make_no_sense(text: str) -> None:
+    with pytest.raises(UsageError, match="VMM_FAULT"):
+        faults.parse(text)

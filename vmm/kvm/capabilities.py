@@ -61,6 +61,7 @@ CAPABILITIES: Final = (
     _required(Cap.IMMEDIATE_EXIT, "a vCPU is stopped without losing the request"),
     _optional(Cap.IRQCHIP, "PIC, IOAPIC and LAPICs in the kernel", "no interrupts, one vCPU"),
     _optional(Cap.PIT2, "the i8254 timer in the kernel", "no PIT"),
+    _optional(Cap.SPLIT_IRQCHIP, "LAPICs in the kernel alone (Linux 4.4)", "no --irqchip split"),
     _optional(Cap.SET_IDENTITY_MAP_ADDR, "where KVM keeps its page table", "the page is at 0xFFFBC000"),
     _optional(Cap.IRQ_ROUTING, "interrupt lines and MSIs by GSI", "no irqfd for an MSI"),
     _optional(Cap.SIGNAL_MSI, "message-signalled interrupts", "no MSI from the VMM"),
@@ -73,14 +74,27 @@ CAPABILITIES: Final = (
     _optional(Cap.MP_STATE, "whether a vCPU runs, halts or waits for SIPI, as state", _NO_REBUILD),
     _optional(Cap.VCPU_EVENTS, "pending exceptions, interrupts and NMIs, as state", _NO_REBUILD),
     _optional(Cap.DEBUGREGS, "debug registers, as state", _NO_REBUILD),
-    _optional(Cap.XSAVE, "extended registers, as state", _NO_REBUILD),
-    _optional(Cap.XCRS, "XCR0, as state", _NO_REBUILD),
-    _optional(Cap.PIT_STATE2, "the PIT, as state", "a handover that rebuilds the VM loses the PIT"),
+    _optional(Cap.XSAVE, "extended registers, as state", "x87 and SSE registers are all there are"),
+    _optional(Cap.XCRS, "XCR0, as state", "there is none"),
+    _optional(Cap.PIT_STATE2, "the PIT, as state", _NO_REBUILD),
     _optional(Cap.ADJUST_CLOCK, "kvmclock, as state", "kvmclock jumps in a handover that rebuilds the VM"),
     _optional(
         Cap.VCPU_ATTRIBUTES, "the TSC offset, as state (Linux 5.16)", "the TSC jumps in such a handover"
     ),
     _optional(Cap.GET_TSC_KHZ, "the TSC's frequency", "the guest is not told it"),
+    _optional(Cap.TSC_CONTROL, "guests with a TSC of another frequency", "such a guest cannot come here"),
+    _optional(Cap.TSC_DEADLINE_TIMER, "LAPIC timers that go by the TSC", "one-shot and periodic ones only"),
+    _optional(
+        Cap.GET_MSR_FEATURES, "MSRs that describe features, as state (Linux 4.17)", "they are not compared"
+    ),
+    _optional(
+        Cap.EXCEPTION_PAYLOAD,
+        "what a pending exception will write, as state (Linux 4.20)",
+        "it is written early",
+    ),
+    _optional(
+        Cap.X86_TRIPLE_FAULT_EVENT, "a pending triple fault, as state (Linux 6.1)", "it happens again"
+    ),
     _optional(Cap.SREGS2, "PAE page-directory pointers, as state (Linux 5.14)", "KVM reads them again"),
     _optional(Cap.XSAVE2, "extended registers over 4096 bytes, as state (Linux 5.17)", "no AMX in the guest"),
     _optional(Cap.NESTED_STATE, "a guest that runs guests, as state", "such a guest cannot be handed over"),

@@ -16,13 +16,14 @@ from enum import Enum
 from typing import ClassVar, cast
 
 from vmm.boot.cpuid import guest_cpuid, offers_1gib_pages
+from vmm.errors import HostError
 from vmm.fds import FdStore, check_received, sealed_memfd
 from vmm.kvm import Cap, Port, System, Vcpu, Vm, abi
-from vmm.kvm.capabilities import LOADABLE, require, require_guest_memfd
+from vmm.kvm.capabilities import LOADABLE, probe, require, require_guest_memfd
 from vmm.machine.config import MachineConfig
 from vmm.machine.cpuid_state import can_nest, check_cpuid, keep_cpuid, kept_cpuid
 from vmm.machine.guest_clock import GuestClock
-from vmm.machine.kvm_state import XSAVE_SIZE, VcpuFacts, VcpuState, VmState, vm_pieces
+from vmm.machine.kvm_state import STATE_NEEDS, XSAVE_SIZE, VcpuFacts, VcpuState, VmState, vm_pieces
 from vmm.machine.msr_state import MsrList, kernel_list
 from vmm.machine.tsc_state import TscState
 from vmm.memory import GuestMemory
@@ -99,12 +100,24 @@ class Hypervisor:
                 fds.get_or_open("kvm-stats", 0, self.vm.stats_fd)
         self.tscs = [TscState(arena, vcpu) for vcpu in self.vcpus]
         if origin is Origin.NEW:
-            self.facts.host_khz = self.vcpus[0].tsc_khz
             self._save_tscs()
-        self.clock = GuestClock(arena, self.vm, self.facts.host_khz)
+            self.facts.tsc_khz = self.facts.host_khz = self.tscs[0].section.khz
+        has_clock = self._system.check(Cap.ADJUST_CLOCK) != 0
+        self.clock = GuestClock(arena, self.vm, self.facts.host_khz) if has_clock else None
         if origin is Origin.REBUILT:
             self._set_time()
         self._open_states(fds)
+        if origin is Origin.NEW:
+            self._say_what_is_lost()
+
+    def _say_what_is_lost(self) -> None:
+        for one in probe(self._system):
+            if not one.present:
+                log.info("%s: without it, %s", one.capability.name, one.capability.without)
+        if lacking := self.cannot_be_saved():
+            log.warning(
+                "this guest cannot be handed over to a new VM: this host's KVM has no %s", ", ".join(lacking)
+            )
 
     # --- made anew ---
 
@@ -130,17 +143,27 @@ class Hypervisor:
                 vm.enable_cap(capability, 0, 1)
         for slot, region in enumerate(self.memory.regions):
             give(slot, region.gpa, region.size, region.hva, region.fd, 0)
-        if self._config.irqchip == "kernel":
-            vm.create_irqchip()
-            vm.create_pit()
-        elif self._config.irqchip == "split":
-            vm.enable_cap(Cap.SPLIT_IRQCHIP, 0, 24)
+        self._make_chips()
         block = self._system.supported_cpuid()
         supported = block.entries[: block.nent]
         self.vcpus = [self._make_vcpu(index, supported) for index in range(self._config.cpus)]
         if self.origin is Origin.NEW:
-            self.facts.tsc_khz = self.vcpus[0].tsc_khz
             self.facts.gigabyte_pages = offers_1gib_pages(supported)
+
+    def _make_chips(self) -> None:
+        irqchip = self._config.irqchip
+        needed = {"kernel": Cap.IRQCHIP, "split": Cap.SPLIT_IRQCHIP}.get(irqchip)
+        if needed is not None and not self.vm.check(needed):
+            raise HostError(
+                f"irqchip: this host's KVM has no KVM_CAP_{needed.name}, so '{irqchip}' cannot be had; "
+                "use --irqchip none, or a newer kernel"
+            )
+        if irqchip == "kernel":
+            self.vm.create_irqchip()
+            if self.vm.check(Cap.PIT2):
+                self.vm.create_pit()
+        elif irqchip == "split":
+            self.vm.enable_cap(Cap.SPLIT_IRQCHIP, 0, abi.KVM_IOAPIC_NUM_PINS)
 
     def _make_vcpu(self, index: int, supported: Sequence[abi.kvm_cpuid_entry2]) -> Vcpu:
         vcpu = self._opened.enter_context(self.vm.create_vcpu(index))
@@ -159,7 +182,8 @@ class Hypervisor:
         """Give the new VM the guest's TSC and kvmclock, before the guest is stopped."""
         for vcpu, tsc in zip(self.vcpus, self.tscs, strict=True):
             tsc.prepare(self.vm, vcpu)
-        self.clock.align()
+        if self.clock is not None:
+            self.clock.align()
 
     # --- gone on with ---
 
@@ -184,6 +208,10 @@ class Hypervisor:
         birth, which a reset goes back to.
         """
         lapic, chips = self._config.irqchip != "none", self._config.irqchip == "kernel"
+        if self.origin is Origin.NEW:
+            self.has_pit = chips and self.vm.check(Cap.PIT2) != 0
+        else:
+            self.has_pit = self._arena.find("vm/pit2", 0) is not None
         if self.origin is Origin.ADOPTED:
             section = self._arena.find("vcpu/xsave", 0)
             has, xsave_size = self._system.check, XSAVE_SIZE if section is None else section.size
@@ -198,7 +226,7 @@ class Hypervisor:
             in_kernel_lapic=lapic,
             nested_size=has(Cap.NESTED_STATE) if nests else 0,
         )
-        of_vm = vm_pieces(irqchip=chips, pit=chips)
+        of_vm = vm_pieces(irqchip=chips, pit=self.has_pit)
         born = fds.find("fresh") is None
         fd = fds.get_or_open("fresh", 0, lambda: sealed_memfd("vmm-fresh", ARENA_SIZE))
         check_received("fresh", 0, fd, ARENA_SIZE)
@@ -214,7 +242,13 @@ class Hypervisor:
 
     def announce(self) -> None:
         """A handover is about to be offered: have what the new VM is given before the guest is stopped."""
-        self.clock.keep_line()
+        if self.clock is not None:
+            self.clock.keep_line()
+
+    def cannot_be_saved(self) -> list[str]:
+        """What this host's KVM would have to have for the guest to move to another VM; usually nothing."""
+        needed = [*STATE_NEEDS, *([Cap.PIT_STATE2] if self.has_pit else [])]
+        return [f"KVM_CAP_{cap.name}" for cap in needed if not self._system.check(cap)]
 
     def save_chips(self) -> None:
         """Store what is the VM's and not a vCPU's. Every vCPU has stopped, and none of them is saved yet."""

@@ -491,6 +491,11 @@ class Machine:
                 raise HandoverError(
                     f"the guest has ended (run state {was.value}); there is nothing to hand over"
                 )
+            if not keep_running and (lacking := self.hypervisor.cannot_be_saved()):
+                raise HandoverError(
+                    f"this host's KVM has no {', '.join(lacking)}, so the guest's state cannot be saved; "
+                    "start such a guest with a keeper to hand it over"
+                )
             self._resume_to = was
             self._keeps_running = keep_running
             self._enter(RunState.FINISH_MIGRATE)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -169,9 +170,11 @@ def test_nothing_piles_up(stage: Stage) -> None:
 
 def test_kvm_fds_do_not_pile_up(stage: Stage) -> None:
     """The received VM and vCPU fds are closed once probed: held open, they would keep the old VM alive."""
-    new = stage.replace(stage.start("--cpus=2"))
-    kvm = [link for link in open_fds(new.process.pid) if "kvm-vm" in link or "kvm-vcpu" in link]
-    vcpus = {link for link in kvm if "kvm-vcpu" in link}
-    assert len([link for link in kvm if "kvm-vm" in link]) == 1
-    assert len(vcpus) == 2
+    old, new = stage.start("--cpus=2", "--no-keeper"), stage.await_guest("--no-keeper")
+    assert stage.migrate(old, new)["status"] == "completed"
+    stage.hear()
+    kinds = [link.removeprefix("anon_inode:").partition(":")[0] for link in open_fds(new.process.pid)]
+    assert kinds.count("kvm-vm") == 1
+    each = 1 if sys.version_info >= (3, 13) else 2  # before, a mapping holds a copy of its fd
+    assert kinds.count("kvm-vcpu") == 2 * each
     assert not [name for name in os.listdir(stage.folder) if name.startswith(("m", "c"))]

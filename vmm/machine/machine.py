@@ -301,7 +301,7 @@ class Machine:
             ram_above_4g=regions[1][1] if len(regions) > 1 else 0,
             cpus=self.config.cpus,
             tsc_khz=self.hypervisor.facts.tsc_khz,
-            flags=(BootFlags.IRQCHIP | BootFlags.PIT) if kernel_irqchip else 0,
+            flags=BootFlags.IRQCHIP * kernel_irqchip | BootFlags.PIT * self.hypervisor.has_pit,
             cmdline=self.config.append,
             pdpe1gb=bool(self.hypervisor.facts.gigabyte_pages),
         )

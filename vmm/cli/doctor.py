@@ -1,5 +1,6 @@
-"""`vmm doctor`: can guests run here, what of their handover works, and what is lost for want of what. The proof
-is three guests that do run.
+"""`vmm doctor`: can guests run here, what of their handover works, and what is lost for want of what.
+
+The proof is three guests that do run.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def _kvm_lines(report: HostReport) -> list[str]:
         capability = one.capability
         lost = "" if one.present else f"; without it: {capability.without}"
         mark = "yes" if one.present else "MISSING" if capability.required else "no"
-        lines.append(f"{mark:7} {capability.name.removeprefix('KVM_CAP_'):20} {capability.purpose}{lost}")
+        name = capability.name.removeprefix("KVM_CAP_")
+        lines.append(f"{mark:7} {name:22} {capability.purpose}{lost}")
     return lines + _time_lines(kvm)
 
 

@@ -24,6 +24,7 @@ from vmm.state import Arena
 
 log = logging.getLogger(__name__)
 
+TSC_FLAGS: Final = abi.KVM_CLOCK_TSC_STABLE | abi.KVM_CLOCK_HOST_TSC
 SECOND_NS: Final = 1_000_000_000
 OVER_NOTHING, OVER_TSC, OVER_BASE = 0, 1, 2  # what the line is over; nothing: the clock was never asked for
 NEAR_NS: Final = {OVER_TSC: 8, OVER_BASE: 1_000}  # as near as is tried for at first
@@ -95,11 +96,11 @@ class GuestClock:
     """The kvmclock of one VM, and its line in the state memfd."""
 
     def __init__(self, arena: Arena, vm: Vm, host_khz: int) -> None:
-        """`host_khz` is the frequency of the host's TSC, as KVM_GET_TSC_KHZ has it for a new vCPU."""
+        """`host_khz` is the host's TSC frequency, KVM_GET_TSC_KHZ of a new vCPU; 0: unknown."""
         self.line = arena.place("vm/kvmclock", 0, ClockLine)
         self._vm = vm
         self._host_khz = host_khz
-        self._scale = TimeScale.of(host_khz)
+        self._scale = TimeScale.of(host_khz or 1)
 
     def keep_line(self) -> None:
         """Make sure that the line is the guest's own clock. Before a handover, while the guest runs.
@@ -181,7 +182,7 @@ class GuestClock:
             before_ns = _base_ns()
             self._vm.get_clock(data)
             after_ns = _base_ns()
-            stable = data.flags & abi.KVM_CLOCK_TSC_STABLE and data.flags & abi.KVM_CLOCK_HOST_TSC
+            stable = self._host_khz and data.flags & TSC_FLAGS == TSC_FLAGS
             yield (
                 after_ns - before_ns,
                 Reading(

@@ -46,6 +46,10 @@ class VmPiece:
     load: Callable[[Vm, Any], None]
 
 
+# What a vCPU's state cannot do without. (XSAVE and XCRS are missing only where the processor has neither.)
+STATE_NEEDS = (Cap.MP_STATE, Cap.VCPU_EVENTS, Cap.DEBUGREGS)
+
+
 @dataclass(frozen=True)
 class VcpuFacts:
     """What decides which state a machine's vCPUs have here."""
@@ -98,12 +102,13 @@ def vcpu_pieces(facts: VcpuFacts) -> dict[str, VcpuPiece]:
     has = facts.has
     kind: type[Any]
     pieces = [
-        VcpuPiece("mp_state", abi.kvm_mp_state, Vcpu.get_mp_state, Vcpu.set_mp_state),
         VcpuPiece("regs", abi.kvm_regs, Vcpu.get_regs, Vcpu.set_regs),
         VcpuPiece("sregs2", abi.kvm_sregs2, Vcpu.get_sregs2, Vcpu.set_sregs2)
         if has(Cap.SREGS2)
         else VcpuPiece("sregs", abi.kvm_sregs, Vcpu.get_sregs, Vcpu.set_sregs),
     ]
+    if has(Cap.MP_STATE):
+        pieces.append(VcpuPiece("mp_state", abi.kvm_mp_state, Vcpu.get_mp_state, Vcpu.set_mp_state))
     if has(Cap.XSAVE):
         kind = sized(abi.kvm_xsave, (facts.xsave_size - XSAVE_SIZE) // 4)
         pieces.append(VcpuPiece("xsave", kind, Vcpu.get_xsave, Vcpu.set_xsave))

@@ -16,7 +16,9 @@ SECTION, VERSION = "vcpu/tsc", 1
 
 
 class TscSection(ctypes.LittleEndianStructure):
-    """Guest TSC minus host TSC in cycles, modulo 2**64 (KVM_VCPU_TSC_OFFSET), and the guest's kHz."""
+    """Guest TSC minus host TSC in cycles, modulo 2**64 (KVM_VCPU_TSC_OFFSET), and the guest's kHz, 0 where
+    KVM does not tell.
+    """
 
     _fields_ = (("offset", ctypes.c_uint64), ("khz", ctypes.c_uint32), ("has_offset", ctypes.c_uint32))
 
@@ -29,7 +31,7 @@ class TscState:
 
     def save(self, vm: Vm, vcpu: Vcpu) -> None:
         """Keep offset and frequency. The vCPU must be out of KVM_RUN, or this waits."""
-        self.section.khz = vcpu.tsc_khz
+        self.section.khz = _khz(vm, vcpu)
         self.section.has_offset = vm.check(Cap.VCPU_ATTRIBUTES) != 0
         if self.section.has_offset:
             self.section.offset = vcpu.tsc_offset
@@ -39,7 +41,7 @@ class TscState:
 
         Raises StateError where this host's TSC has another frequency and KVM cannot scale it.
         """
-        wanted, here = self.section.khz, vcpu.tsc_khz
+        wanted, here = self.section.khz, _khz(vm, vcpu)
         if wanted != here:
             if not vm.check(Cap.TSC_CONTROL):
                 raise StateError(
@@ -53,3 +55,8 @@ class TscState:
         """The same for what the guest has changed since: its offset, by writing to the TSC."""
         if self.section.has_offset and vcpu.tsc_offset != self.section.offset:
             vcpu.tsc_offset = self.section.offset
+
+
+def _khz(vm: Vm, vcpu: Vcpu) -> int:
+    """0 where KVM does not tell."""
+    return vcpu.tsc_khz if vm.check(Cap.GET_TSC_KHZ) else 0

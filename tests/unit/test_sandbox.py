@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 
+from vmm.cli.launch import LaunchedVmm
 from vmm.errors import VmmError
 from vmm.kvm import keeper
 from vmm.sandbox import Grant, Mode, confine, keeper_program, keeper_ruleset, kernel, landlock, seccomp
@@ -427,3 +428,12 @@ def test_older_landlock_is_asked_for_less() -> None:
     assert landlock.handled(1) == Access((1 << 13) - 1)
     assert not landlock.handled(2) & (Access.TRUNCATE | Access.IOCTL_DEV)
     assert landlock.handled(5) == landlock.handled(7) == Access((1 << 16) - 1)
+
+
+def test_who_starts_a_vmm_that_the_sandbox_ends_says_so(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -SYS $$\n")
+    python.chmod(0o700)
+    vmm = LaunchedVmm([], monitor=lambda _: tmp_path / "qmp", log=tmp_path / "log", python=str(python))
+    assert vmm.wait(10) == -signal.SIGSYS
+    assert "was ended by its sandbox" in str(vmm.failure(-signal.SIGSYS))

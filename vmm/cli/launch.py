@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -99,6 +100,11 @@ class LaunchedVmm:
 
     def failure(self, status: int) -> VmmError:
         """The error that its end with `status` stands for, in its own last words."""
+        if status == -signal.SIGSYS:
+            return VmmError(
+                f"the VMM (pid {self.pid}) was ended by its sandbox, for a system call beyond its profile: "
+                "the kernel's log names the call (audit type 1326); VMM_SANDBOX=log lets it go on"
+            )
         kind = _BY_STATUS.get(status, VmmError)
         return kind(
             self.last_words() or f"the VMM (pid {self.pid}) ended with status {status} and said nothing"

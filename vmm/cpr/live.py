@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 NAP_S = 0.02
+NAPS_BEFORE_A_WORD = 50
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class LiveOutgoing:
         self._cpr: Channel | None = None
         self._main: Channel | None = None
         self._was_running = False
-        self._peer: int | None = None
+        self._naps = 0
 
     @property
     def channels(self) -> list[Channel]:
@@ -266,6 +267,11 @@ class LiveOutgoing:
         return TokenVerdict.LOST
 
     async def nap(self) -> None:
+        self._naps += 1
+        if self._naps == NAPS_BEFORE_A_WORD:
+            log.warning(
+                "the new VMM holds the run token and has not run the guest yet; waiting until it does or ends"
+            )
         time.sleep(NAP_S)  # noqa: ASYNC251 -- this world has a thread of its own
 
     async def withdraw(self, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import os
 import resource
 import socket
@@ -19,6 +20,7 @@ import pytest
 
 from vmm.cpr.channel import Cancelled, CancelSwitch, Channel, Listener, connect
 from vmm.cpr.live import Choice, IncomingMachine, LiveIncoming, LiveOutgoing, Timeouts, run
+from vmm.cpr.outgoing import TokenVerdict
 from vmm.cpr.protocol import (
     FDS_PER_BATCH,
     HEADER,
@@ -730,6 +732,7 @@ def taker(tmp_socket_dir: Path, switch: CancelSwitch) -> Iterator[tuple[LiveOutg
     """The old VMM's world with its cpr channel connected, and that channel's other end."""
     fds = FdStore()
     with RunToken.open(fds) as token:
+        assert token.take(0)
         listener = Listener(str(tmp_socket_dir / "cpr"))
         world = LiveOutgoing(
             Giver(),
@@ -782,6 +785,42 @@ def test_a_new_vmm_that_sends_fds(taker: tuple[LiveOutgoing, socket.socket]) -> 
         with pytest.raises(PeerError):
             run(world.wait_ready())
         assert fd_count() == before
+
+
+def test_what_the_token_says_after_the_commit(
+    taker: tuple[LiveOutgoing, socket.socket],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world, _ = taker
+    monkeypatch.setattr("vmm.cpr.live.NAP_S", 0.001)
+    run(world.release_token())
+    theirs = RunToken(world._token._fd)
+    assert theirs._lock(fcntl.F_WRLCK)
+    for _ in range(100):
+        assert run(world.ask_token()) is TokenVerdict.UNDECIDED
+        run(world.nap())
+    assert caplog.text.count("holds the run token and has not run the guest yet") == 1
+    theirs._move()
+    assert run(world.ask_token()) is TokenVerdict.TAKEN
+    theirs.close()
+    assert run(world.ask_token()) is TokenVerdict.LOST
+    assert not world._token.held
+
+
+def test_a_token_that_is_free_is_taken_back(taker: tuple[LiveOutgoing, socket.socket]) -> None:
+    world, _ = taker
+    run(world.release_token())
+    assert run(world.ask_token()) is TokenVerdict.MINE
+    assert (world._token.held, world._token.epoch()) == (True, 2)
+
+
+def test_the_state_that_was_sent_goes_stale(taker: tuple[LiveOutgoing, socket.socket]) -> None:
+    world, _ = taker
+    run(world.keep_token())
+    run(world.release_token())
+    with RunToken(world._token._fd) as theirs, pytest.raises(StateError, match="run elsewhere"):
+        theirs.take(1)
 
 
 def test_expect_says_what_came() -> None:

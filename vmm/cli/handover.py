@@ -32,6 +32,7 @@ TIMEOUT_S = 60.0
 CANCEL_S = 10.0  # from migrate_cancel to the old VMM's last word on it
 QUIT_S = 10.0
 ENDED = ("completed", "failed", "cancelled")
+KEEPER_OPTION: dict[bool | None, list[str]] = {None: [], True: ["--keeper"], False: ["--no-keeper"]}
 HOLDING = ("running", "paused")  # run states in which a VMM has the guest
 
 Progress = Callable[[str], None]
@@ -52,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "adopt", "rebuild"),
         default="auto",
         help="how the new VMM takes the guest (default auto: adopt where that can be)",
+    )
+    parser.add_argument(
+        "--keeper",
+        action=argparse.BooleanOptionalAction,
+        help="whether a VM that is built for the guest gets a keeper (default: as 'vmm run' has it)",
     )
     parser.add_argument("--json", action="store_true", help="print the whole report as one JSON object")
     parser.add_argument("--python", metavar="EXE", help="the Python whose vmm takes over (default: this one)")
@@ -78,6 +84,7 @@ def hand_over(
     name: str | None,
     log: Path,
     mode: str = "auto",
+    keeper: bool | None = None,
     timeout_s: float = TIMEOUT_S,
     python: str | None = None,
     progress: Progress = lambda _: None,
@@ -90,7 +97,8 @@ def hand_over(
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="handover-", dir=monitor.parent) as folder:
         main, cpr = Path(folder, "main"), Path(folder, "cpr")
-        vmm = _start(monitor, main, cpr, name=name, log=log, mode=mode, python=python)
+        options = ["-v", f"--handover={mode}", *KEEPER_OPTION[keeper]]
+        vmm = _start(monitor, main, cpr, options, name=name, log=log, python=python)
         try:
             new = vmm.connect(deadline)
             progress(f"started the new VMM (pid {vmm.pid})")
@@ -116,23 +124,27 @@ def hand_over(
 
 
 def _start(
-    monitor: Path, main: Path, cpr: Path, *, name: str | None, log: Path, mode: str, python: str | None
+    monitor: Path,
+    main: Path,
+    cpr: Path,
+    options: list[str],
+    *,
+    name: str | None,
+    log: Path,
+    python: str | None,
 ) -> LaunchedVmm:
     """The new VMM, which waits for the old one on the two channels."""
-    addresses = [
-        "-v",
-        f"--handover={mode}",
+    options = [
+        *options,
         f"--incoming=unix:{main}",
         f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={_keyval(cpr)}",
     ]
     if name is None:
         # a name of its own: a VMM that ends removes the path that it once listened at
         aside = monitor.with_name(f"{monitor.name}.{secrets.token_hex(4)}")
-        return LaunchedVmm(
-            [f"--qmp=unix:{aside}", *addresses], monitor=lambda _: aside, log=log, python=python
-        )
+        return LaunchedVmm([f"--qmp=unix:{aside}", *options], monitor=lambda _: aside, log=log, python=python)
     return LaunchedVmm(
-        [f"--name={name}", *addresses],
+        [f"--name={name}", *options],
         monitor=lambda pid: monitor.with_name(f"qmp-{pid}.sock"),
         log=log,
         python=python,
@@ -228,6 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
                 name=arguments.name,
                 log=log,
                 mode=arguments.mode,
+                keeper=arguments.keeper,
                 timeout_s=arguments.timeout,
                 python=arguments.python,
                 progress=lambda text: print(f"vmm: {text}", file=sys.stderr),

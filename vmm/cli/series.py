@@ -49,7 +49,7 @@ class Manners:
 
 GUESTS = {
     # ticker speaks by itself; spinning, it sees every pause as a gap between two readings of its TSC
-    "ticker": Manners(append="wait=spin gap_us=50", ask=b"", end=b"q"),
+    "ticker": Manners(append="wait=spin", ask=b"", end=b"q"),
     "sentinel": Manners(append="", ask=b"r", end=b"x"),
 }
 
@@ -373,6 +373,7 @@ class Series:
             name=self.directory.name,
             log=self.directory.log,
             mode=self.mode,
+            keeper=self.mode == "adopt",
             progress=self._on_handover,
         )
         self.vmm, self.client = handed.vmm, handed.client

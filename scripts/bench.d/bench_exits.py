@@ -1,5 +1,6 @@
 """What a write to a port costs the guest, by the way that it takes: an exit that this process serves, driving
-the VM itself or through a keeper, and the ways that need no VMM: the coalescing ring and ioeventfd.
+the VM itself or through a keeper, and the ways that need no VMM: the coalescing ring and ioeventfd. Both sides
+of a keeper may spin for a moment before they sleep: once without, once with.
 
 The guest writes in a loop, in real mode; the rounds are interleaved, so that all ways see the same machine.
 The loop's own instructions are in every figure.
@@ -22,7 +23,7 @@ from typing import Any
 import host
 
 from vmm.errors import GuestCrash, UsageError
-from vmm.kvm import DirectPort, Exit, Port, System, Vcpu, abi
+from vmm.kvm import DirectPort, Exit, Port, System, Vcpu, abi, keeper
 from vmm.kvm.keeper_port import KeeperPort
 from vmm.report.table import table
 
@@ -139,7 +140,11 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
     with ExitStack() as stack:
         subjects = [
             stack.enter_context(subject(name, port, arguments.writes))
-            for name, port in (("direct", DirectPort()), ("keeper", KeeperPort.start()))
+            for name, port in (
+                ("direct", DirectPort()),
+                ("keeper", KeeperPort.start(spin=keeper.SPIN_NEVER)),
+                ("keeper, spinning", KeeperPort.start(spin=keeper.SPIN_ALWAYS)),
+            )
         ]
         pairs = [(one, way) for way in Way for one in subjects]
         for number in range(WARM_UP_ROUNDS + arguments.rounds):

@@ -106,6 +106,9 @@ class RecordingPort:
     def pending_exit(self, vcpu_fd: int) -> int:
         return 0
 
+    def waiting_ns(self, vcpu_fd: int) -> None:
+        return None
+
     @property
     def outlives(self) -> bool:
         return False

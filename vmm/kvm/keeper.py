@@ -57,13 +57,15 @@ SYS_CAPSET, SYS_LANDLOCK_RESTRICT_SELF, CAPABILITY_VERSION_3 = 126, 446, 0x20080
 
 NEEDED = frozenset({b"kvm-slots", b"kvm-go", b"kvm-done"})  # names that the keeper itself gave, and uses
 
-# a vCPU's slot: called, returned (u64), result (0 an exit, else errno), spare
+# a vCPU's slot: called, returned, result (0 an exit, else errno), when it returned (CLOCK_MONOTONIC, ns)
 SLOT = 64
-CALLED, RETURNED, RESULT = 0, 1, 2  # in u64 words
+CALLED, RETURNED, RESULT, SINCE = 0, 1, 2, 3  # in u64 words
 SLOTS = 1024
 SLOTS_SIZE = SLOT * SLOTS
 LARGEST_WORD = (1 << 64) - 1
 KICK = signal.SIGUSR1
+SPIN_NS = 20_000
+SPIN_WITH_CORES, SPIN_NEVER, SPIN_ALWAYS = 0, 1, 2
 
 OP_HELLO = 0  # HELLO, and a pidfd of the keeper's
 OP_IOCTL = 1  # fd, number, argument or payload -> payload
@@ -71,7 +73,7 @@ OP_CREATE = 2  # the same; the new fd is held and sent back with its number in t
 OP_MEMORY = 3  # fd of the VM; slot | flags << 32, gpa, size, offset in what is mapped; payload MEMORY
 OP_ATTRIBUTE = 4  # number GET/SET/HAS_DEVICE_ATTR; group, attribute, value -> value
 OP_DIRTY_LOG = 5  # fd of the VM; slot, bytes -> payload
-OP_VCPU = 6  # fd of the vCPU; its slot: starts its thread; sends go and done
+OP_VCPU = 6  # fd of the vCPU; its slot, SPIN_*: starts its thread; sends go and done
 OP_KICK = 7  # slot
 OP_STORE = 8  # payload NAME, one fd: held under that name; the reply's payload is the keeper's number
 OP_DROP = 9  # payload NAME
@@ -163,11 +165,29 @@ class Refused(Exception):
 EINVAL, EPERM, EBUSY, EBADF, ENOSPC, EAGAIN, EEXIST = 22, 1, 16, 9, 28, 11, 17
 
 
+def spin_ns(wanted: int, vcpus: int) -> int:
+    """How long either side looks at the slot before it sleeps: not at all where there is no core to spare for
+    both sides of each vCPU.
+    """
+    enough = len(os.sched_getaffinity(0)) > 2 * vcpus
+    return SPIN_NS if wanted == SPIN_ALWAYS or (wanted == SPIN_WITH_CORES and enough) else 0
+
+
+def spin(words: memoryview, ns: int, *, equal: bool) -> bool:
+    """Whether `called` and `returned` are soon no longer equal, or no longer different."""
+    until = time.monotonic_ns() + ns
+    while (words[CALLED] == words[RETURNED]) is equal:
+        if time.monotonic_ns() > until:
+            return False
+    return True
+
+
 class VcpuRunner:
     """The thread of one vCPU."""
 
-    def __init__(self, fd: int, slot: int, words: memoryview) -> None:
+    def __init__(self, fd: int, slot: int, words: memoryview, spin_ns: int = 0) -> None:
         self.fd = fd
+        self._spin_ns = spin_ns
         self.go = os.eventfd(0, os.EFD_CLOEXEC)
         self.done = os.eventfd(0, os.EFD_CLOEXEC)
         self._words = words[slot * SLOT // 8 : (slot + 1) * SLOT // 8]
@@ -183,9 +203,11 @@ class VcpuRunner:
         words, fd, go, done = self._words, self.fd, self.go, self.done
         read, write = os.eventfd_read, os.eventfd_write
         while True:
-            read(go)
+            if not (self._spin_ns and spin(words, self._spin_ns, equal=True)):
+                read(go)
             while (turn := words[CALLED]) != words[RETURNED]:
                 words[RESULT] = _run(fd)
+                words[SINCE] = time.monotonic_ns()
                 words[RETURNED] = turn
                 write(done, 1)
 
@@ -488,13 +510,13 @@ class Keeper:
         return bitmap.raw, [], 0
 
     def _vcpu(self, _s: socket.socket, fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds) -> Answer:
-        slot = arguments[0]
+        slot, spinning = arguments[:2]
         if slot >= SLOTS or slot in self._runners or fd in self._by_fd:
             raise Refused(EINVAL)
         self._room()
         unblocked = ~(1 << (KICK - 1)) & LARGEST_WORD
         ioctl(self._owned(fd), KVM_SET_SIGNAL_MASK, struct.pack("=IQ", 8, unblocked))
-        runner = VcpuRunner(fd, slot, self._words)
+        runner = VcpuRunner(fd, slot, self._words, spin_ns(spinning, len(self._runners) + 1))
         try:
             runner.thread.start()
         except RuntimeError:  # no more threads for this user

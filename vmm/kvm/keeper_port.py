@@ -56,7 +56,7 @@ class _Runner:
         self.go = go
         self.done = done
         self.leaving = False
-        self.given = 0  # the number of the exit that `run` returned last here: the caller has served it
+        self.given = 0  # which of KVM_RUN's returns the caller was told of last: it has served that exit
 
     @property
     def exit(self) -> int:
@@ -64,12 +64,13 @@ class _Runner:
         called, returned, result = (self.words[at] for at in (keeper.CALLED, keeper.RETURNED, keeper.RESULT))
         return int(returned) if called == returned and result == 0 else 0
 
-    def proceed(self) -> None:
-        """Have the keeper call KVM_RUN, unless it has been told to already or an exit waits that this process
-        has not served. What waits is looked at once: an exit may come at any moment of this.
+    def proceed(self, *, unheard: bool = False) -> None:
+        """Have the keeper call KVM_RUN, unless it has been told to already or has come back with what the
+        caller does not know yet: an exit, or a kick (which alone may go `unheard`). What is there is looked
+        at once: it may come at any moment of this.
         """
         called, returned, result = (self.words[at] for at in (keeper.CALLED, keeper.RETURNED, keeper.RESULT))
-        if called == returned and (result != 0 or returned == self.given):
+        if called == returned and (returned == self.given or (unheard and result in KICKED)):
             self.words[keeper.CALLED] = called + 1
             os.eventfd_write(self.go, 1)
 
@@ -79,12 +80,16 @@ class KeeperPort:
 
     OWN_NAMES: ClassVar[frozenset[str]] = frozenset({SLOTS_NAME, GO_NAME, DONE_NAME})
 
-    def __init__(self, sock: socket.socket, orphan_timeout_s: float = 0.0) -> None:
+    def __init__(
+        self, sock: socket.socket, orphan_timeout_s: float = 0.0, spin: int = keeper.SPIN_WITH_CORES
+    ) -> None:
         """Ask who is there. Raises PeerError where that is no keeper, or one of another version."""
         sock.settimeout(ANSWER_TIMEOUT_S)
         self.pid = -1
         self._identity = 0
         self._orphan_timeout_s = orphan_timeout_s
+        self._spin = spin
+        self._spin_ns = 0
         self._sock = sock
         self._lock = threading.Lock()
         self._broken: str | None = None  # why nothing can be asked of the keeper any more
@@ -120,6 +125,7 @@ class KeeperPort:
         orphan_timeout_s: float = 0.0,
         program: Callable[[int], bytes] = lambda _: b"",
         ruleset: int = -1,
+        spin: int = keeper.SPIN_WITH_CORES,
     ) -> KeeperPort:
         """Start a keeper process and attach to it; `listener` is where VMMs that come later will find it.
 
@@ -147,7 +153,7 @@ class KeeperPort:
         with suppress(BrokenPipeError), process.stdin as stdin:  # one that has ended is noticed below
             stdin.write(program(process.pid))
         try:
-            port = cls(ours, orphan_timeout_s)
+            port = cls(ours, orphan_timeout_s, spin)
         except PeerError as error:
             raise HostError(f"the keeper process does not start: {error}") from error
         port.attach()
@@ -489,13 +495,14 @@ class KeeperPort:
         """See `Port.start_vcpu`: the keeper starts the thread, which waits for the first `run`."""
         self._name("vcpu", index, vcpu_fd)
         _, _, (go, done) = self._do(
-            keeper.OP_VCPU, f"run vCPU {index}", fd=self._number(vcpu_fd), arguments=[index]
+            keeper.OP_VCPU, f"run vCPU {index}", fd=self._number(vcpu_fd), arguments=[index, self._spin]
         )
         self._add_runner(vcpu_fd, index, go, done)
 
     def _add_runner(self, vcpu_fd: int, index: int, go: int, done: int) -> None:
         self._events[index] = go, done
         self._runners[vcpu_fd] = _Runner(self._slots(), index, go, done)
+        self._spin_ns = keeper.spin_ns(self._spin, len(self._runners))
 
     def bind_thread(self, vcpu_fd: int) -> None:
         """See `Port.bind_thread`: the thread that is kicked is the keeper's."""
@@ -516,19 +523,21 @@ class KeeperPort:
         self._words = memoryview(mmap.mmap(fd, keeper.SLOTS_SIZE)).cast("Q")
 
     def run(self, vcpu_fd: int) -> bool:
-        """See `Port.run`. An exit that nobody has served yet is the first that is returned."""
+        """See `Port.run`. What came while nobody was here is returned first."""
         runner = self._runners[vcpu_fd]
         words = runner.words
         runner.proceed()
+        if self._spin_ns:
+            keeper.spin(words, self._spin_ns, equal=False)
         while words[keeper.CALLED] != words[keeper.RETURNED]:
             if runner.leaving:
                 return False
             if self._broken is not None:
                 raise PeerError(self._broken)
             os.eventfd_read(runner.done)
+        runner.given = words[keeper.RETURNED]
         result = words[keeper.RESULT]
         if result == 0:
-            runner.given = words[keeper.RETURNED]
             return True
         if result in KICKED:
             return False
@@ -549,8 +558,13 @@ class KeeperPort:
         """See `Port.go_on`."""
         runner = self._runners[vcpu_fd]
         runner.leaving = False
-        runner.proceed()
+        runner.proceed(unheard=True)
 
     def pending_exit(self, vcpu_fd: int) -> int:
         """See `Port.pending_exit`."""
         return self._runners[vcpu_fd].exit
+
+    def waiting_ns(self, vcpu_fd: int) -> int | None:
+        """See `Port.waiting_ns`."""
+        runner = self._runners[vcpu_fd]
+        return time.monotonic_ns() - runner.words[keeper.SINCE] if runner.exit else None

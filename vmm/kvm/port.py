@@ -157,6 +157,10 @@ class Port(Protocol):
         """
         ...
 
+    def waiting_ns(self, vcpu_fd: int) -> int | None:
+        """How long the exit has been there that `pending_exit` names; None where there is none."""
+        ...
+
     @property
     def outlives(self) -> bool:
         """Whether the VM lives on, and its vCPUs run on, without this process."""
@@ -334,6 +338,9 @@ class DirectPort:
 
     def pending_exit(self, vcpu_fd: int) -> int:
         return 0
+
+    def waiting_ns(self, vcpu_fd: int) -> None:
+        return None
 
     @property
     def outlives(self) -> bool:

@@ -89,6 +89,11 @@ class Vcpu:
         """The number of the exit that waits to be served or is being served, whoever began; else 0."""
         return self.port.pending_exit(self.fd)
 
+    @property
+    def waiting_ns(self) -> int | None:
+        """How long that exit has been there; None where there is none."""
+        return self.port.waiting_ns(self.fd)
+
     def io_data(self, offset: int, length: int) -> memoryview:
         """`length` bytes of the mapping at `offset`; for Exit.IO `io.data_offset`, `io.size * io.count`."""
         return self._bytes[offset : offset + length]

@@ -411,8 +411,8 @@ class Machine:
                 self._enter(final)
 
     def stats(self) -> dict[str, object]:
-        """Counts of what no device claimed, and of resets; and which VM it is, that the kernel knows by `id`
-        and that lives in `process`.
+        """Counts of what no device claimed, and of resets; which VM it is, that the kernel knows by `id` and
+        that lives in `process`; how long an exit of each vCPU had waited when the VM was taken over.
         """
         return {
             "vm": {"process": self.hypervisor.port.process, "id": self.hypervisor.stats_id(self.fds)},
@@ -424,6 +424,9 @@ class Machine:
                 for bus in (self.pio, self.mmio)
             },
             "resets": self.state.resets,
+            "stalls-us": [
+                None if thread.stall_ns is None else thread.stall_ns / 1000 for thread in self.threads
+            ],
         }
 
     def inject_nmi(self) -> None:

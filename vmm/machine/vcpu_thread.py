@@ -74,6 +74,8 @@ class VcpuThread:
         self._stop = False
         self._leaving = False
         self._running = False
+        self._taken_over = False
+        self.stall_ns: int | None = None  # how long an exit had waited when this VMM took the vCPU over
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._main, name=f"vcpu-{vcpu.index}", daemon=True)
         self._handlers: dict[int, Callable[[], None]] = {
@@ -169,6 +171,9 @@ class VcpuThread:
         vcpu, handlers, page, turn = self.vcpu, self._handlers, self.vcpu.run_page, self._turn
         if not self._may_run():
             raise VmmError(f"vCPU {self.index}: refused to enter the guest without the run token")
+        if self._taken_over:
+            self._taken_over = False
+            self.stall_ns = vcpu.waiting_ns
         while not self._stop:
             if vcpu.run():
                 with turn:
@@ -211,6 +216,7 @@ class VcpuThread:
     def recover(self) -> None:
         """Undo what a VMM that is gone had begun and not ended. Before the first run, the VM being ours."""
         self.vcpu.immediate_exit = False
+        self._taken_over = True
         if self._journal is not None and self._journal.recover(self.vcpu.pending_exit):
             log.info("vCPU %d: an exit that was being served will be served again", self.index)
 

@@ -44,7 +44,7 @@ NAMES = (b"vm", b"vcpu", b"kvm-slots", b"kvm-go", b"ram", b"x" * 32)
 class FakeRunner:
     """A vCPU's thread that is none; busy while called and returned differ, as in the real one."""
 
-    def __init__(self, fd: int, slot: int, words: memoryview) -> None:
+    def __init__(self, fd: int, slot: int, words: memoryview, spin_ns: int) -> None:
         self.fd = fd
         self.go = os.eventfd(0)
         self.done = os.eventfd(0)

@@ -1,4 +1,4 @@
-"""A kernel that lacks a capability: what can do without works, the rest is refused by name, and doctor tells."""
+"""A kernel that lacks a capability: the rest works, what cannot is refused by name, and doctor says it all."""
 
 from __future__ import annotations
 

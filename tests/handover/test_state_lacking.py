@@ -1,4 +1,4 @@
-"""A kernel that lacks a capability: the rest works, what cannot is refused by name, and doctor says it all."""
+"""A kernel that lacks a capability: the rest works, what cannot is refused by name, and doctor says it."""
 
 from __future__ import annotations
 

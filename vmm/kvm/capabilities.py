@@ -92,9 +92,7 @@ CAPABILITIES: Final = (
         "what a pending exception will write, as state (Linux 4.20)",
         "it is written early",
     ),
-    _optional(
-        Cap.X86_TRIPLE_FAULT_EVENT, "a pending triple fault, as state (Linux 6.1)", "it happens again"
-    ),
+    _optional(Cap.X86_TRIPLE_FAULT_EVENT, "a pending triple fault, as state (Linux 6.1)", "it happens again"),
     _optional(Cap.SREGS2, "PAE page-directory pointers, as state (Linux 5.14)", "KVM reads them again"),
     _optional(Cap.XSAVE2, "extended registers over 4096 bytes, as state (Linux 5.17)", "no AMX in the guest"),
     _optional(Cap.NESTED_STATE, "a guest that runs guests, as state", "such a guest cannot be handed over"),

@@ -1,6 +1,6 @@
 """What a write to a port costs the guest, by the way that it takes: an exit that this process serves, driving
-the VM itself or through a keeper, and the ways that need no VMM: the coalescing ring and ioeventfd. Both sides
-of a keeper may spin for a moment before they sleep: once without, once with.
+the VM itself or through a keeper, and the ways that need no VMM: the coalescing ring and ioeventfd. Where
+both sides of a keeper spin for a moment before they sleep, that is a row of its own.
 
 The guest writes in a loop, in real mode; the rounds are interleaved, so that all ways see the same machine.
 The loop's own instructions are in every figure.

@@ -47,6 +47,7 @@ POLL_S = 0.01
 
 RESULTS_GPA = 0x200000  # firmware/include/results.h
 FINAL = frozenset({"completed", "failed", "cancelled"})
+LIVES_ON = "the guest lives on in its keeper"
 HANDOVER_FAILED = 10  # exit status of a new VMM that took no guest over
 
 # --- the cells: what strikes where, and where the guest may be then ---
@@ -647,6 +648,8 @@ class Matrix:
             status = old.process.wait()
             if status == -signal.SIGKILL:
                 return "killed"
+            if self._mode == "adopt" and status == HANDOVER_FAILED and LIVES_ON in old.process.stderr:
+                return "lost: the guest lives on in its keeper"
             outcome.blame("silence", f"old ended with {status}{old.process.output()}")
             return f"ended with {status}"
         answer = old.answers("query-migrate")

@@ -102,6 +102,8 @@ def test_exits_that_come_meanwhile_wait_and_are_served_once(stage: Stage, spawn:
     new = faulty_new(stage, spawn, "incoming:load:delay:300")
     assert stage.migrate(old, new)["status"] == "completed"
     stage.hear(50)
+    (stall_us,) = new.client.execute("x-vmm-stats")["stalls-us"]
+    assert 200_000 < stall_us < 5_000_000
     third = faulty_new(stage, spawn, "incoming:run:delay:300")
     assert stage.migrate(new, third)["status"] == "completed"
     stage.hear(50)

@@ -136,6 +136,7 @@ def text(records: Sequence[Record]) -> list[str]:
         "guest": "as the guest saw it",
         "control": "  as long a time without a handover",
         "host": "as the host saw it",
+        "exit": "what an exit waited that came then",
     }
     lines = [""]
     lines += table(

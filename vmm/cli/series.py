@@ -56,12 +56,15 @@ GUESTS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One handover. Microseconds; `control_us` is of a window as long as the handover's, without one."""
+    """One handover. Microseconds; `control_us` is of a window as long as the handover's, without one,
+    `stalls_us` how long each exit waited that came while nobody served the guest.
+    """
 
     report: dict[str, Any]
     window: Window
     guest_us: float
     control_us: float
+    stalls_us: tuple[float, ...] = ()
 
     @property
     def host_us(self) -> float:
@@ -126,11 +129,14 @@ class Record:
         return ", ".join(sorted({step.report["vm-fd"]["driven"] for step in self.steps}))
 
     def pauses(self) -> dict[str, Quantiles | None]:
-        """Quantiles in microseconds: as the host saw it, as the guest did, and the control window's."""
+        """Quantiles in microseconds: as the host saw it, as the guest did, the control window's, and how long
+        those exits waited that came meanwhile.
+        """
         return {
             "host": quantiles(step.host_us for step in self.steps),
             "guest": quantiles(step.guest_us for step in self.steps),
             "control": quantiles(step.control_us for step in self.steps),
+            "exit": quantiles(us for step in self.steps for us in step.stalls_us),
         }
 
     def phases(self) -> dict[str, Quantiles | None]:
@@ -362,10 +368,10 @@ class Series:
 
         Raises HandoverError.
         """
-        return handover_window(self._replace())
+        return handover_window(self._replace()[0])
 
-    def _replace(self) -> dict[str, Any]:
-        """The same; the report."""
+    def _replace(self) -> tuple[dict[str, Any], tuple[float, ...]]:
+        """The same; the report, and the stalls."""
         old = self.vmm
         handed = hand_over(
             self.client,
@@ -379,22 +385,24 @@ class Series:
         self.vmm, self.client = handed.vmm, handed.client
         if (status := old.wait(END_S)) != 0:
             raise HandoverError(f"the old VMM (pid {old.pid}) ended with status {status}: {old.last_words()}")
-        self._look_at_vm()
-        return handed.report
+        return handed.report, self._look_at_vm()
 
-    def _look_at_vm(self) -> None:
-        vm = VmIdentity(**self.client.execute("x-vmm-stats")["vm"])
+    def _look_at_vm(self) -> tuple[float, ...]:
+        """See which VM it is, and how long its exits waited that came while it was taken over."""
+        stats = self.client.execute("x-vmm-stats")
+        vm = VmIdentity(**stats["vm"])
         if vm not in self.vms:
             self.vms.append(vm)
+        return tuple(us for us in stats["stalls-us"] if us is not None)
 
     def hand_over(self) -> Step:
         """Hand the guest over, see it speak in the new VMM process, and measure. Raises HandoverError."""
-        report = self._replace()
+        report, stalls_us = self._replace()
         window = handover_window(report)
         time.sleep(SETTLE_S)
         guest_us = self.largest_gap_us(window)
         self.hear()
-        step = Step(report, window, guest_us, self.control_us(window.length_ns))
+        step = Step(report, window, guest_us, self.control_us(window.length_ns), stalls_us)
         self._steps.append(step)
         return step
 

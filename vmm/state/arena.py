@@ -27,7 +27,7 @@ from vmm.units import MIB
 
 MAGIC = int.from_bytes(b"VMMSTATE", "little")
 LAYOUT_VERSION = 1
-SIZE = 4 * MIB  # sparse; room for about 250 vCPUs at 12 KiB each
+SIZE = 8 * MIB  # sparse; room for 255 vCPUs at 30 KiB each
 DIRECTORY_ENTRIES = 4096
 ALIGNMENT = 64
 NAME_BYTES = 40

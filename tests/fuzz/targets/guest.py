@@ -59,6 +59,7 @@ class FakeVcpu:
 
     index = 0
     immediate_exit = False
+    waiting_ns = 0
 
     def __init__(self, reader: Reader) -> None:
         self.run_page = abi.kvm_run()

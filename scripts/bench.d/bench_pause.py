@@ -171,13 +171,13 @@ def text(subjects: list[Subject], alike: dict[str, Any], ratio: dict[str, float]
     rows = [
         [
             f"{subject.who} {format_size(subject.memory)}: {labels[name]}",
-            *(milliseconds(each) for each in (figures.p50, figures.p99, figures.max)),
+            *(milliseconds(each) for each in (figures.min, figures.p50, figures.p99, figures.max)),
         ]
         for subject in subjects
         for name, figures in subject.figures().items()
         if figures
     ]
-    lines = table(("pause", "p50", "p99", "max"), rows)
+    lines = table(("pause", "min", "p50", "p99", "max"), rows)
     phases = [(subject, subject.phases()) for subject in subjects if subject.who != "qemu"]
     names = list(dict.fromkeys(name for _, each in phases for name in each))
     header = ("phase, p50", *(f"{subject.who} {format_size(subject.memory)}" for subject, _ in phases))

@@ -116,9 +116,9 @@ def test_the_window_of_a_handover() -> None:
 
 def test_quantiles() -> None:
     assert quantiles([]) is None
-    assert quantiles([7.0]) == Quantiles(7.0, 7.0, 7.0)
-    assert quantiles(range(200, 0, -1)) == Quantiles(100, 198, 200)
-    assert plain(Quantiles(1.23, 4.56, 7.89)) == {"p50": 1.2, "p99": 4.6, "max": 7.9}
+    assert quantiles([7.0]) == Quantiles(7.0, 7.0, 7.0, 7.0)
+    assert quantiles(range(200, 0, -1)) == Quantiles(1, 100, 198, 200)
+    assert plain(Quantiles(0.12, 1.23, 4.56, 7.89)) == {"min": 0.1, "p50": 1.2, "p99": 4.6, "max": 7.9}
     assert plain(None) is None
 
 

@@ -7,7 +7,7 @@ Figures only: nothing here may talk to a VMM, and a figure that cannot be told i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vmm.errors import VmmError
@@ -77,10 +77,11 @@ def largest_gap_us(results: Results, clock: ClockPoint, window: Window) -> float
 
 @dataclass(frozen=True, slots=True)
 class Quantiles:
-    """Of some figures: the median, the 99th percentile and the largest, each one of the figures (nearest
-    rank).
+    """Of some figures: the least, the median, the 99th percentile and the largest, each one of the figures
+    (nearest rank).
     """
 
+    min: float
     p50: float
     p99: float
     max: float
@@ -88,9 +89,7 @@ class Quantiles:
 
 def plain(figures: Quantiles | None) -> dict[str, float] | None:
     """Plain values for JSON, to a tenth."""
-    if figures is None:
-        return None
-    return {"p50": round(figures.p50, 1), "p99": round(figures.p99, 1), "max": round(figures.max, 1)}
+    return None if figures is None else {name: round(value, 1) for name, value in asdict(figures).items()}
 
 
 def quantiles(figures: Iterable[float]) -> Quantiles | None:
@@ -98,7 +97,7 @@ def quantiles(figures: Iterable[float]) -> Quantiles | None:
     ordered = sorted(figures)
     if not ordered:
         return None
-    return Quantiles(_rank(ordered, 50), _rank(ordered, 99), ordered[-1])
+    return Quantiles(ordered[0], _rank(ordered, 50), _rank(ordered, 99), ordered[-1])
 
 
 def _rank(ordered: list[float], percent: int) -> float:

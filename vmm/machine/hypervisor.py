@@ -100,7 +100,8 @@ class Hypervisor:
                 fds.get_or_open("kvm-stats", 0, self.vm.stats_fd)
         self.tscs = [TscState(arena, vcpu) for vcpu in self.vcpus]
         if origin is Origin.NEW:
-            self._save_tscs()
+            for vcpu, tsc in zip(self.vcpus, self.tscs, strict=True):
+                tsc.save(self.vm, vcpu)
             self.facts.tsc_khz = self.facts.host_khz = self.tscs[0].section.khz
         has_clock = self._system.check(Cap.ADJUST_CLOCK) != 0
         self.clock = GuestClock(arena, self.vm, self.facts.host_khz) if has_clock else None
@@ -253,11 +254,8 @@ class Hypervisor:
     def save_chips(self) -> None:
         """Store what is the VM's and not a vCPU's. Every vCPU has stopped, and none of them is saved yet."""
         self.vm_state.save()
-        self._save_tscs()
-
-    def _save_tscs(self) -> None:
         for vcpu, tsc in zip(self.vcpus, self.tscs, strict=True):
-            tsc.save(self.vm, vcpu)
+            tsc.save_offset(vcpu)
 
     def load_vcpu(self, index: int) -> None:
         """Give a vCPU the stored state. Raises StateError."""

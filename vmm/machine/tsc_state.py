@@ -30,9 +30,13 @@ class TscState:
         self.section = arena.place(SECTION, vcpu.index, TscSection, VERSION)
 
     def save(self, vm: Vm, vcpu: Vcpu) -> None:
-        """Keep offset and frequency. The vCPU must be out of KVM_RUN, or this waits."""
+        """Keep offset and frequency, at the guest's birth."""
         self.section.khz = _khz(vm, vcpu)
         self.section.has_offset = vm.check(Cap.VCPU_ATTRIBUTES) != 0
+        self.save_offset(vcpu)
+
+    def save_offset(self, vcpu: Vcpu) -> None:
+        """Keep the offset, which a guest changes by writing to its TSC. Out of KVM_RUN, or this waits."""
         if self.section.has_offset:
             self.section.offset = vcpu.tsc_offset
 

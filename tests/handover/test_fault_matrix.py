@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.handover.fault_matrix import KINDS, NEW, OLD, PROBLEMS, STEPS, Cell, Matrix, Outcome, cells
+from tests.processes import ROOT, Spawn
 from vmm.cpr import faults
 from vmm.errors import UsageError
 
@@ -99,3 +101,16 @@ def test_the_matrix_is_whole() -> None:
 def test_faults_that_make_no_sense(text: str) -> None:
     with pytest.raises(UsageError, match="VMM_FAULT"):
         faults.parse(text)
+
+
+def test_without_the_variable_there_is_nothing(spawn: Spawn) -> None:
+    """Not even an import; and the world that is driven is the real one."""
+    code = """
+import sys
+from vmm import process
+world = object()
+assert process._faulty(world) is world
+assert "vmm.cpr.faults" not in sys.modules
+"""
+    python = spawn(sys.executable, "-c", code, cwd=ROOT)
+    assert python.wait() == 0, python.output()

@@ -232,7 +232,7 @@ class TscVm:
         self.caps = caps
 
     def check(self, cap: int) -> int:
-        return cap in self.caps
+        return cap in (*self.caps, Cap.GET_TSC_KHZ)
 
 
 def tsc_of(arena: Arena, khz: int, offset: int) -> TscState:

@@ -4,6 +4,7 @@ the keeper but OP_QUIT of the VMM that is attached.
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import socket
@@ -262,6 +263,23 @@ def test_a_slot_can_be_changed_and_is_unmapped_when_it_goes() -> None:
         assert mappings() == 1
 
 
+# --- what it is made of ---
+
+
+def test_it_imports_nothing_of_vmm() -> None:
+    tree = ast.parse(Path(keeper.__file__).read_text())
+    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
+
+
+def test_it_is_small() -> None:
+    with keeper_port() as port, ram_of(b"\xf4") as ram, machine_on(ram, port=port):
+        lines = Path(f"/proc/{port.pid}/smaps_rollup").read_text().splitlines()
+        private_kib = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    assert private_kib < 10 * 1024
+
+
 # --- how it ends ---
 
 
@@ -296,6 +314,23 @@ def test_the_orphan_timeout_is_kept(path: Path) -> None:
             assert await_end(pidfd)
             assert 0.25 < time.monotonic() - started < 2
             assert not path.exists()
+        finally:
+            os.close(pidfd)
+
+
+def test_a_vmm_that_is_about_to_attach_is_not_too_late(path: Path) -> None:
+    """It has asked for the table, and builds its machine."""
+    with keeper_port(path) as port:
+        pidfd = os.dup(port.lifeline)
+        try:
+            port.set_orphan_timeout(0.3)
+            vmm = RawVmm.connect(path)
+            assert vmm.ask(keeper.OP_TABLE)[1] == 0
+            port.close()
+            assert not await_end(pidfd, 0.8)
+            assert vmm.ask(keeper.OP_ATTACH)[1] == 0
+            vmm.close()
+            assert await_end(pidfd)
         finally:
             os.close(pidfd)
 

@@ -34,6 +34,8 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from errno import EAGAIN, EBADF, EBUSY, EEXIST, EINVAL, ENOSPC, EPERM
 from typing import NamedTuple, TypeAlias
 
 PROTOCOL = 1  # of the messages and of the slots; a VMM that knows another one must not attach
@@ -147,8 +149,21 @@ def ioctl(fd: int, request: int, argument: int | bytes | ctypes.Array[ctypes.c_c
     return result
 
 
-Fds: TypeAlias = "array.array[int]"
-Answer: TypeAlias = tuple[bytes, list[int], int]  # the reply's payload, its fds, the result
+Answer: TypeAlias = tuple[bytes, Sequence[int], int]  # the reply's payload, its fds, the result
+DONE: Answer = (b"", (), 0)
+
+
+class Message(NamedTuple):
+    """One message, who sent it, and the fds that came with it, which are closed unless they are held by
+    then.
+    """
+
+    sock: socket.socket
+    fd: int
+    request: int
+    arguments: list[int]
+    payload: bytes
+    fds: array.array[int]
 
 
 class Refused(Exception):
@@ -160,9 +175,6 @@ class Refused(Exception):
         super().__init__(number)
         self.errno = number
         self.written = written
-
-
-EINVAL, EPERM, EBUSY, EBADF, ENOSPC, EAGAIN, EEXIST = 22, 1, 16, 9, 28, 11, 17
 
 
 def spin_ns(wanted: int, vcpus: int) -> int:
@@ -252,7 +264,6 @@ class Keeper:
         self._held: set[int] = set()
         self._mappings: dict[tuple[int, int], Mapping] = {}  # by VM fd and slot
         self._most_fds = min(FDS_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FDS_SPARE)
-        self._bitmap_sizes: dict[tuple[int, int], int] = {}  # of a VM fd's slot: bytes of its dirty log
         self._buffer = ctypes.create_string_buffer(PAYLOAD_MAX)
         self._slots_fd = os.memfd_create("vmm-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._slots_fd, SLOTS_SIZE)
@@ -356,7 +367,7 @@ class Keeper:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(content[: len(content) - len(content) % 4])
         payload, result, number = b"", 0, 0
-        sent: list[int] = []
+        sent: Sequence[int] = ()
         try:
             if not data:
                 self._dismiss(sock)
@@ -373,7 +384,8 @@ class Keeper:
             operation = self._operations.get(op)
             if operation is None:
                 raise Refused(EINVAL)
-            payload, sent, result = operation(sock, fd, request, arguments, data[REQUEST.size :], fds)
+            message = Message(sock, fd, request, arguments, data[REQUEST.size :], fds)
+            payload, sent, result = operation(message)
         except Refused as refusal:
             result, number, payload = -1, refusal.errno, refusal.written
         except OSError as error:
@@ -391,9 +403,9 @@ class Keeper:
             self._dismiss(sock)
         return True
 
-    # --- operations: (socket, fd, request, arguments, payload, fds) -> (payload, fds, result) ---
+    # --- operations ---
 
-    def _hello(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, _f: Fds) -> Answer:
+    def _hello(self, message: Message) -> Answer:
         if self._life < 0:
             self._life = os.pidfd_open(os.getpid())
             self._held.add(self._life)
@@ -428,42 +440,37 @@ class Keeper:
         ctypes.memmove(self._buffer, payload + bytes(PAYLOAD_MAX - len(payload)), PAYLOAD_MAX)
         return self._buffer
 
-    def _call(self, fd: int, request: int, argument: int, payload: bytes) -> tuple[int, bytes]:
+    def _call(self, message: Message) -> tuple[int, bytes]:
+        fd, request, payload = self._owned(message.fd), message.request, message.payload
         if bool(payload) != bool(request >> 16 & 0x3FFF):
             raise Refused(EINVAL)
         if not payload:
-            return ioctl(self._owned(fd), request, argument), b""
+            return ioctl(fd, request, message.arguments[0]), b""
         buffer = self._argument(request, payload)
         try:
-            result = ioctl(self._owned(fd), request, buffer)
+            result = ioctl(fd, request, buffer)
         except OSError as error:  # some say what they would have needed: KVM_GET_MSR_INDEX_LIST and E2BIG
             raise Refused(error.errno or EINVAL, buffer.raw[: len(payload)]) from None
         return result, buffer.raw[: len(payload)]
 
-    def _ioctl(
-        self, _s: socket.socket, fd: int, request: int, arguments: list[int], payload: bytes, _f: Fds
-    ) -> Answer:
-        if request not in PASSED:
+    def _ioctl(self, message: Message) -> Answer:
+        if message.request not in PASSED:
             raise Refused(EPERM)
-        result, out = self._call(fd, request, arguments[0], payload)
-        return out, [], result
+        result, out = self._call(message)
+        return out, (), result
 
-    def _create(
-        self, _s: socket.socket, fd: int, request: int, arguments: list[int], payload: bytes, _f: Fds
-    ) -> Answer:
-        if request not in CREATES:
+    def _create(self, message: Message) -> Answer:
+        if message.request not in CREATES:
             raise Refused(EPERM)
         self._room()
-        created, _ = self._call(fd, request, arguments[0], payload)
+        created, _ = self._call(message)
         os.set_inheritable(created, False)
         self._held.add(created)
         return struct.pack("=I", created), [created], 0
 
-    def _memory(
-        self, _s: socket.socket, fd: int, request: int, arguments: list[int], payload: bytes, _f: Fds
-    ) -> Answer:
-        slot_flags, gpa, size, offset = arguments[:4]
-        memfd, guest_memfd, guest_offset = MEMORY.unpack(payload)
+    def _memory(self, message: Message) -> Answer:
+        fd, (slot_flags, gpa, size, offset) = message.fd, message.arguments
+        memfd, guest_memfd, guest_offset = MEMORY.unpack(message.payload)
         slot, flags = slot_flags & 0xFFFFFFFF, slot_flags >> 32
         mapped = self._map(fd, slot, memfd, size, offset) if size and memfd != NO_FD else None
         region = struct.pack("=IIQQQ", slot, flags, gpa, size, mapped.address if mapped else 0)
@@ -473,11 +480,10 @@ class Keeper:
         else:
             number = KVM_SET_USER_MEMORY_REGION
         ioctl(self._owned(fd), number, region)
-        self._bitmap_sizes[fd, slot] = -(-size // (64 * mmap.PAGESIZE)) * 8
         self._mappings.pop((fd, slot), None)  # unmapped, unless the slot is the same one, changed
         if mapped is not None:
             self._mappings[fd, slot] = mapped
-        return b"", [], 0
+        return DONE
 
     def _map(self, fd: int, slot: int, memfd: int, size: int, offset: int) -> Mapping:
         known = self._mappings.get((fd, slot))
@@ -487,30 +493,28 @@ class Keeper:
         mapping = mmap.mmap(self._owned(memfd), size, mmap.MAP_SHARED | MAP_NORESERVE, offset=offset)
         return Mapping(memfd, offset, size, mapping, ctypes.addressof(ctypes.c_char.from_buffer(mapping)))
 
-    def _attribute(
-        self, _s: socket.socket, fd: int, request: int, arguments: list[int], _p: bytes, _f: Fds
-    ) -> Answer:
-        if request not in DEVICE_ATTRIBUTES:
+    def _attribute(self, message: Message) -> Answer:
+        if message.request not in DEVICE_ATTRIBUTES:
             raise Refused(EPERM)
-        word = ctypes.c_uint64(arguments[2])
-        group, attribute = arguments[0] & 0xFFFFFFFF, arguments[1]
+        word = ctypes.c_uint64(message.arguments[2])
+        group, attribute = message.arguments[0] & 0xFFFFFFFF, message.arguments[1]
         block = struct.pack("=IIQQ", 0, group, attribute, ctypes.addressof(word))
-        result = ioctl(self._owned(fd), request, block)
-        return struct.pack("=Q", word.value), [], result
+        result = ioctl(self._owned(message.fd), message.request, block)
+        return struct.pack("=Q", word.value), (), result
 
-    def _dirty_log(
-        self, _s: socket.socket, fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds
-    ) -> Answer:
-        slot = arguments[0]
-        size = self._bitmap_sizes.get((fd, slot))  # the kernel writes by the slot's size, whatever we say
-        if size is None or size != arguments[1] or size > PAYLOAD_MAX:
+    def _dirty_log(self, message: Message) -> Answer:
+        slot, size = message.arguments[:2]
+        mapped = self._mappings.get((message.fd, slot))
+        # the kernel writes by the slot's size, whatever we say
+        if mapped is None or size != -(-mapped.size // (64 * mmap.PAGESIZE)) * 8 or size > PAYLOAD_MAX:
             raise Refused(EINVAL)
         bitmap = ctypes.create_string_buffer(size)
-        ioctl(self._owned(fd), KVM_GET_DIRTY_LOG, struct.pack("=IIQ", slot, 0, ctypes.addressof(bitmap)))
-        return bitmap.raw, [], 0
+        argument = struct.pack("=IIQ", slot, 0, ctypes.addressof(bitmap))
+        ioctl(self._owned(message.fd), KVM_GET_DIRTY_LOG, argument)
+        return bitmap.raw, (), 0
 
-    def _vcpu(self, _s: socket.socket, fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds) -> Answer:
-        slot, spinning = arguments[:2]
+    def _vcpu(self, message: Message) -> Answer:
+        fd, (slot, spinning, *_) = message.fd, message.arguments
         if slot >= SLOTS or slot in self._runners or fd in self._by_fd:
             raise Refused(EINVAL)
         self._room()
@@ -529,26 +533,26 @@ class Keeper:
             self._held.add(one)
         return b"", [runner.go, runner.done], 0
 
-    def _kick(self, _s: socket.socket, _fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds) -> Answer:
-        runner = self._runners.get(arguments[0])
+    def _kick(self, message: Message) -> Answer:
+        runner = self._runners.get(message.arguments[0])
         if runner is None:
             raise Refused(EINVAL)
         signal.pthread_kill(runner.thread.ident or 0, KICK)
-        return b"", [], 0
+        return DONE
 
-    def _store(self, _s: socket.socket, fd: int, _r: int, _a: list[int], payload: bytes, fds: Fds) -> Answer:
-        name, index, _ = NAME.unpack(payload)
+    def _store(self, message: Message) -> Answer:
+        name, index, _ = NAME.unpack(message.payload)
         key = (name.rstrip(b"\0"), index)
         if key in self._names:
             raise Refused(EEXIST)
         self._room()
-        stored = self._owned(fd) if not fds else fds[0]
+        stored = message.fds[0] if message.fds else self._owned(message.fd)
         self._names[key] = stored
         self._held.add(stored)
-        return struct.pack("=I", stored), [], 0
+        return struct.pack("=I", stored), (), 0
 
-    def _drop(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], payload: bytes, _f: Fds) -> Answer:
-        name, index, _ = NAME.unpack(payload)
+    def _drop(self, message: Message) -> Answer:
+        name, index, _ = NAME.unpack(message.payload)
         key = (name.rstrip(b"\0"), index)
         if key not in self._names or key[0] in NEEDED or self._names[key] in self._by_fd:
             raise Refused(EBADF)
@@ -559,46 +563,42 @@ class Keeper:
             for slot, mapped in self._mappings.items():
                 if mapped.memfd == fd:  # a number that may be another's soon
                     self._mappings[slot] = mapped._replace(memfd=-1)
-        return b"", [], 0
+        return DONE
 
-    def _table(
-        self, _s: socket.socket, _fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds
-    ) -> Answer:
-        first = arguments[0]
+    def _table(self, message: Message) -> Answer:
+        self._vmms.add(message.sock)  # it is about to attach
         rows = list(self._names.items())
-        part = rows[first : first + FDS_PER_MESSAGE]
+        part = rows[message.arguments[0] :][:FDS_PER_MESSAGE]
         packed = b"".join(NAME.pack(name, index, fd) for (name, index), fd in part)
         return packed, [fd for _, fd in part], len(rows)
 
-    def _attach(self, sock: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, _f: Fds) -> Answer:
-        if self._attached is not None and self._attached is not sock and not _hung_up(self._attached):
+    def _attach(self, message: Message) -> Answer:
+        if self._attached not in (None, message.sock) and not _hung_up(self._attached):
             raise Refused(EBUSY)
-        self._attached = sock
-        self._vmms.add(sock)
-        return b"", [], 0
+        self._attached = message.sock
+        self._vmms.add(message.sock)
+        return DONE
 
-    def _detach(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, _f: Fds) -> Answer:
+    def _detach(self, message: Message) -> Answer:
         self._attached = None
-        return b"", [], 0
+        return DONE
 
-    def _successor(self, _s: socket.socket, _fd: int, _r: int, _a: list[int], _p: bytes, fds: Fds) -> Answer:
-        if len(fds) != 1:
+    def _successor(self, message: Message) -> Answer:
+        if len(message.fds) != 1:
             raise Refused(EINVAL)
-        sock = socket.socket(fileno=fds[0])
-        fds.pop()  # the socket's from here on
+        sock = socket.socket(fileno=message.fds[0])
+        message.fds.pop()  # the socket's from here on
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET) or not self._admit(sock):
             sock.close()
             raise Refused(EINVAL)
         self._vmms.add(sock)
-        return b"", [], 0
+        return DONE
 
-    def _orphan(
-        self, _s: socket.socket, _fd: int, _r: int, arguments: list[int], _p: bytes, _f: Fds
-    ) -> Answer:
-        if arguments[0] > ORPHAN_MAX_MS:
+    def _orphan(self, message: Message) -> Answer:
+        if message.arguments[0] > ORPHAN_MAX_MS:
             raise Refused(EINVAL)
-        self._orphan_s = arguments[0] / 1000
-        return b"", [], 0
+        self._orphan_s = message.arguments[0] / 1000
+        return DONE
 
 
 def _say_last(sock: socket.socket) -> None:

@@ -77,6 +77,15 @@ def _faulty(world: W) -> W:
     return inject(world)
 
 
+def _check_complete(config: MachineConfig, fds: FdStore) -> None:
+    """What did not come with a guest must not be made anew, and empty. Raises StateError that names it."""
+    ram = FD_NAMES[config.memory_backend]
+    for name in ("state", "fresh", "token"):
+        fds.get(name)
+    for index in range(len(layout(config.memory))):
+        fds.get(ram, index)
+
+
 @dataclass(frozen=True)
 class Incoming:
     """Where a new VMM waits for the old one."""
@@ -262,6 +271,7 @@ class VmmProcess:
         """Take over from its keeper a guest whose VMM is gone."""
         port = self._find_guest()
         config = kept_config(Arena.open(self._fds))
+        _check_complete(config, self._fds)
         self._token = token = RunToken.open(self._fds)
         self._machine = self._new_machine(config, self._fds, token, port, Origin.ADOPTED)
         deadline = time.monotonic() + self._timeouts.commit_s
@@ -277,6 +287,7 @@ class VmmProcess:
         for path in self._options.attach:
             fds = FdStore()
             port = find_keeper(path, fds)
+            fds.get("state")
             if home_of(Arena.open(fds)) == port.identity:
                 self._fds = fds
                 return port
@@ -711,9 +722,7 @@ class VmmProcess:
         differing = differences(self._options.given, config)
         if differing:
             raise refusal(differing)
-        ram = FD_NAMES[config.memory_backend]
-        for name, index in (("state", 0), *((ram, index) for index in range(len(layout(config.memory))))):
-            fds.get(name, index)  # what did not come must not be made anew, and empty
+        _check_complete(config, fds)
         self._arriving = ArrivingClients(fds)
         choice = self._choose(fds)
         if choice.method == "rebuild" and config.memory_backend == GUEST_MEMFD:

@@ -99,3 +99,19 @@ def test_a_supervisor_looks_after_the_next_vmm_as_well(guest: KeptGuest) -> None
     assert supervisor.wait() == 0, supervisor.output()
     assert monitors(guest) == []
     assert not list(guest.folder.glob("*.sock"))
+
+
+def test_a_supervisor_that_is_told_to_end_ends_the_guest_wherever_it_is(guest: KeptGuest) -> None:
+    supervisor = guest.verb(
+        *("run", "ticker", "--append=rate=200", f"--serial=file:{guest.out}", f"--name={NAME}"),
+        "--restart=always",
+    )
+    wait_for("a VMM", lambda: monitors(guest))
+    guest.hear(5)
+    handed = guest.verb("handover", NAME)
+    assert handed.wait(60) == 0, handed.output()
+    (pid,) = monitors(guest)
+    supervisor.signal(signal.SIGTERM)
+    assert supervisor.wait() == 0, supervisor.output()
+    wait_for("the VMM's end", lambda: ended(pid))
+    assert not list(guest.folder.glob("*.sock"))

@@ -174,6 +174,25 @@ def state_of(guest: KeptGuest) -> Iterator[MachineState]:
     yield arena.place("machine", 0, MachineState)
 
 
+@pytest.mark.parametrize("name", ["ram", "state", "fresh", "token"])
+def test_a_guest_without_all_that_is_its_own_is_not_attached_to(guest: KeptGuest, name: str) -> None:
+    """What is missing must not be made anew, and empty."""
+    guest.run()
+    keeper = guest.keeper
+    guest.kill()
+    port = KeeperPort.connect(str(next(guest.folder.glob("keeper-*.sock"))))
+    port.attach()
+    for row in port.table():
+        os.close(row.fd)
+        port._names[row.name, row.id] = -1
+    port.drop(name, 0)
+    port.close()
+    vmm = guest.verb("attach", NAME)
+    assert vmm.wait() == HandoverError.exit_code
+    assert f"fd {name}/0 is missing from the fd table" in vmm.stderr
+    assert not ended(keeper)
+
+
 def test_a_vm_that_the_guest_has_left_is_not_attached_to(guest: KeptGuest) -> None:
     """A rebuild took it to another VM, which has ended: nobody may run what is left here."""
     guest.run()

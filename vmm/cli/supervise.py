@@ -11,12 +11,14 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 
+from vmm.cli.launch import command, environment
 from vmm.cli.rundir import RunDir
 from vmm.errors import HandoverError
+from vmm.machine.ports import end_keeper
+from vmm.qmp.client import QmpClient
 
 log = logging.getLogger(__name__)
 
@@ -41,20 +43,34 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._pass_on)
         status = self._serve(["run", *first])
-        while True:
-            if self._told is not None or not self._directory.kept():
-                return status
-            if self._directory.lives():
+        while self._directory.kept():
+            if self._told is not None:
+                self._end_guest()
+            elif self._directory.lives():
                 time.sleep(LOOK_S)
-                continue
-            log.warning("%s: VMM gone (status %d), guest not", self._directory.name, status)
-            self._back_off()
-            status = self._serve(["attach", self._directory.name])
+            else:
+                log.warning("%s: VMM gone (status %d), guest not", self._directory.name, status)
+                self._back_off()
+                if self._told is None:
+                    status = self._serve(["attach", self._directory.name])
+        return status
 
     def _serve(self, arguments: list[str]) -> int:
-        self._child = subprocess.Popen([sys.executable, "-m", "vmm", *arguments])
+        self._child = subprocess.Popen([*command(), *arguments], env=environment())
+        if self._told is not None:
+            self._child.send_signal(self._told)  # it came before there was a child
         status = self._child.wait()
         return status if status >= 0 else 128 - status
+
+    def _end_guest(self) -> None:
+        """Told to end, though the guest is in a VMM that somebody else has started, or in none."""
+        if self._directory.lives():
+            with QmpClient.connect(self._directory.qmp) as client:
+                client.execute("quit")
+        else:
+            for path in self._directory.keepers():
+                end_keeper(str(path))
+        time.sleep(LOOK_S)
 
     def _back_off(self) -> None:
         now = time.monotonic()

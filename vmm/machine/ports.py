@@ -20,6 +20,7 @@ __all__ = [
     "Port",
     "adopt_from_keeper",
     "direct_port",
+    "end_keeper",
     "end_stale_keeper",
     "find_keeper",
     "has_keeper",
@@ -127,6 +128,11 @@ def retire_keeper(sock: socket.socket) -> None:
         port.set_orphan_timeout(AT_ONCE_S)
     finally:
         port.close()
+
+
+def end_keeper(path: str) -> None:
+    """End the keeper that listens at `path`, and the guest with it. Raises PeerError where it has a VMM."""
+    end_stale_keeper(KeeperPort.connect(path))
 
 
 def end_stale_keeper(port: Port) -> None:

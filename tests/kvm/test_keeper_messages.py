@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -271,6 +272,16 @@ def test_it_imports_nothing_of_vmm() -> None:
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
+
+
+def test_its_document_names_every_message() -> None:
+    document = Path(__file__).parent.parent.parent / "docs" / "keeper.md"
+    _, _, section = document.read_text().partition("## Its messages")
+    rows = [line.split("|") for line in section.partition("\n## ")[0].splitlines() if line.startswith("| `")]
+    named = {name: row[2].strip() for row in rows for name in re.findall("`([A-Z_]+)`", row[1])}
+    assert named.keys() == {name[3:] for name in vars(keeper) if name.startswith("OP_")}
+    anybody = {name for name, who in named.items() if who == "anybody"}
+    assert {getattr(keeper, f"OP_{name}") for name in anybody} == keeper.ANYBODY
 
 
 def test_it_is_small() -> None:

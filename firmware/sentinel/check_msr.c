@@ -1,7 +1,8 @@
 /*
  * msr: model-specific registers hold what was written to them, on each vCPU something else. One is verified and rewritten in a
  * turn; those that cannot be changed at will must stay as they were found. Where: the MSR. Value: how many this machine has.
- * mtrr: the same for the memory type range registers, which KVM keeps and does not name in KVM_GET_MSR_INDEX_LIST.
+ * mtrr: the same for the memory type range registers. These, the machine check banks and OSVW are what KVM keeps and does not
+ * name in KVM_GET_MSR_INDEX_LIST.
  */
 #include "cpu.h"
 #include "interrupt.h"
@@ -11,7 +12,7 @@
 #define LOW 0xffffffffull
 #define TYPES 0x0404040404040404ull /* in each byte memory type 0 or 4: UC, WT */
 #define PAT_ENTRY0 0xffull /* the one that the page tables here use */
-#define MOST 20
+#define MOST 24
 
 struct place {
 	u32 msr;
@@ -43,6 +44,8 @@ static const struct place msrs[] = {
 	{ 0x175, CANONICAL }, /* SYSENTER_ESP */
 	{ 0x176, CANONICAL }, /* SYSENTER_EIP */
 	{ 0x277, TYPES & ~PAT_ENTRY0 }, /* PAT */
+	{ 0x402, ~0ull }, /* MC0_ADDR */
+	{ 0xc0010140, 0xffff }, /* OSVW_ID_Length */
 	{ MSR_APIC_BASE, 0 },
 	{ MSR_EFER, 0 },
 	{ MSR_GS_BASE, 0 },
@@ -152,7 +155,6 @@ const struct check check_msr = {
 const struct check check_mtrr = {
 	.id = CHECK_MTRR,
 	.name = "mtrr",
-	.flags = ON_REQUEST,
 	.prepare = prepare_mtrr,
 	.begin = begin_mtrr,
 	.turn = turn_mtrr,

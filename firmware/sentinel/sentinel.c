@@ -1,5 +1,5 @@
 /*
- * sentinel's loop. Options (README.md has them all): checks=, skip=, also=, fpu=, gap_us=, rounds=.
+ * sentinel's loop. Options (README.md has them all): checks=, skip=, fpu=, gap_us=, rounds=.
  * Keys: r, a report; x, a report and the end.
  */
 #include "sentinel.h"
@@ -51,8 +51,6 @@ static u64 rounds_wanted;
 
 static enum check_state wanted(const struct check *check)
 {
-	if (check->flags & ON_REQUEST && !option_lists("also", check->name) && !option_lists("checks", check->name))
-		return CHECK_OFF;
 	if (check->flags & FPU && !option_number("fpu", 0))
 		return CHECK_OFF;
 	if (option_text("checks") && !option_lists("checks", check->name))

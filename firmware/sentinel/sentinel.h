@@ -64,7 +64,6 @@ enum check_flags {
 	OFTEN = 2, /* that, but every other turn is this one's; for one check at most */
 	FIRST_CPU = 4, /* else on every vCPU */
 	FPU = 8, /* executes FPU instructions, which not every KVM can emulate: only with the option fpu=1 */
-	ON_REQUEST = 16, /* only if named in also= or checks= */
 };
 
 struct check {

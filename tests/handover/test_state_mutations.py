@@ -147,6 +147,7 @@ ROWS = (
     Row("xsave", "x87", at_birth("vcpu/xsave")),
     Row("debugregs", "debug", at_birth("vcpu/debugregs")),
     Row("msrs", "msr", at_birth("vcpu/msrs")),
+    Row("msrs", "mtrr", at_birth("vcpu/msrs")),
     Row("lapic", "lapic", at_birth("vcpu/lapic")),
     Row("lapic-timer", "timer", changed("lapic", no_timer), options=STALL),
     Row("mp_state", "cpus", at_birth("vcpu/mp_state"), cpus=2, options=STALL),

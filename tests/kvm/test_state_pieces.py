@@ -18,7 +18,7 @@ from vmm.fds import FdStore
 from vmm.kvm import Cap, MpState, System, Vcpu, Vm, abi
 from vmm.machine import lapic_state as lapic
 from vmm.machine.kvm_state import VcpuFacts, VcpuState, VmState, vm_pieces
-from vmm.machine.msr_state import IA32_TSC, MsrList, kernel_list
+from vmm.machine.msr_state import IA32_TSC, MsrList, guest_msrs
 from vmm.machine.tsc_state import TscState
 from vmm.state import Arena
 
@@ -55,7 +55,7 @@ class Side:
                 vcpu.bind_thread()
             nested = self.vm.check(Cap.NESTED_STATE)
             facts = VcpuFacts(self.vm.check, self.vm.xsave_size, True, nested)
-            msrs = MsrList.probe(self.vcpus[0], kernel_list(self.system))
+            msrs = MsrList.probe(self.vcpus[0], guest_msrs(self.system, self.vcpus[0]))
             self.states = [VcpuState(arena, vcpu, facts, msrs) for vcpu in self.vcpus]
             self.tscs = [TscState(arena, vcpu) for vcpu in self.vcpus]
             self.chips = VmState(arena, self.vm, vm_pieces(irqchip=True, pit=True))

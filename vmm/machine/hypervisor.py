@@ -24,7 +24,7 @@ from vmm.machine.config import MachineConfig
 from vmm.machine.cpuid_state import can_nest, check_cpuid, keep_cpuid, kept_cpuid
 from vmm.machine.guest_clock import GuestClock
 from vmm.machine.kvm_state import STATE_NEEDS, XSAVE_SIZE, VcpuFacts, VcpuState, VmState, vm_pieces
-from vmm.machine.msr_state import MsrList, kernel_list
+from vmm.machine.msr_state import MsrList, guest_msrs
 from vmm.machine.tsc_state import TscState
 from vmm.memory import GuestMemory
 from vmm.state import Arena
@@ -219,7 +219,7 @@ class Hypervisor:
             msrs = MsrList.of(self._arena)
         else:
             has, xsave_size = self.vm.check, self.vm.xsave_size
-            msrs = MsrList.probe(self.vcpus[0], kernel_list(self._system))
+            msrs = MsrList.probe(self.vcpus[0], guest_msrs(self._system, self.vcpus[0]))
         nests = can_nest(kept_cpuid(self._arena, 0).entries)
         facts = VcpuFacts(
             has=has,

@@ -1,7 +1,8 @@
 """The MSRs of a vCPU: which ones there are, asked of the kernel, and their two sections in the state memfd.
 
-There is no list of MSRs here. KVM_GET_MSR_INDEX_LIST and KVM_GET_MSR_FEATURE_INDEX_LIST give one, and each
-MSR is tried. An MSR that this host cannot give the guest is named, and the guest stays where it is.
+There is no list of MSRs here. KVM_GET_MSR_INDEX_LIST and KVM_GET_MSR_FEATURE_INDEX_LIST give one, without
+those that a CPU counts itself (memory type ranges, machine check banks, errata): of these the vCPU is asked.
+Each MSR is tried. One that this host cannot give the guest is named, and the guest stays where it is.
 """
 
 from __future__ import annotations
@@ -18,16 +19,46 @@ from vmm.state import Arena, Section
 VERSION = 1
 SETTABLE, FIXED = "vcpu/msrs", "vcpu/msrs-fixed"  # sections
 IA32_TSC = 0x10  # Intel SDM vol. 4: never moved as a value, for its offset is (tsc_state.py)
+# Intel SDM vol. 4, table 2-2
+IA32_MTRRCAP, IA32_MTRR_PHYSBASE0, IA32_MTRR_DEF_TYPE = 0xFE, 0x200, 0x2FF
+IA32_MTRR_FIX = (0x250, 0x258, 0x259, *range(0x268, 0x270))
+MTRRCAP_FIX = 1 << 8
+IA32_MCG_CAP, IA32_MC0_CTL, IA32_MC0_CTL2 = 0x179, 0x400, 0x280
+COUNT = 0xFF  # how many variable ranges, how many banks
+OSVW = (0xC001_0140, 0xC001_0141)  # OS visible workarounds: AMD64 APM vol. 2, appendix A
 _HEADER_SIZE = ctypes.sizeof(abi.kvm_msrs)
 
 
-def kernel_list(system: System) -> tuple[int, ...]:
-    """Every MSR that the kernel calls guest state, then those that describe features and may differ by
-    vCPU.
+def guest_msrs(system: System, vcpu: Vcpu) -> tuple[int, ...]:
+    """Every MSR that the kernel calls guest state, those that describe features and may differ by vCPU, and
+    those that the vCPU says it has.
     """
     state = system.msr_index_list()
     features = system.msr_feature_list() if system.check(abi.Cap.GET_MSR_FEATURES) else ()
-    return tuple(dict.fromkeys((*state, *features)))
+    return tuple(dict.fromkeys((*state, *features, *_counted(vcpu))))
+
+
+def _counted(vcpu: Vcpu) -> Iterable[int]:
+    """MSRs of which a CPU has as many as another MSR says. KVM keeps them for the guest and lists none
+    (kvm_set_msr_common and msrs_to_save_all, arch/x86/kvm/x86.c).
+    """
+    if (mtrr_cap := _read(vcpu, IA32_MTRRCAP)) is not None:
+        yield IA32_MTRRCAP
+        yield from range(IA32_MTRR_PHYSBASE0, IA32_MTRR_PHYSBASE0 + 2 * (mtrr_cap & COUNT))
+        yield from IA32_MTRR_FIX if mtrr_cap & MTRRCAP_FIX else ()
+        yield IA32_MTRR_DEF_TYPE  # enables the others
+    if (mcg_cap := _read(vcpu, IA32_MCG_CAP)) is not None:
+        banks = mcg_cap & COUNT
+        yield IA32_MCG_CAP
+        yield from range(IA32_MC0_CTL, IA32_MC0_CTL + 4 * banks)
+        yield from range(IA32_MC0_CTL2, IA32_MC0_CTL2 + banks)
+    yield from OSVW
+
+
+def _read(vcpu: Vcpu, index: int) -> int | None:
+    """That MSR's value, if the vCPU has it."""
+    block = _listing((index,))
+    return int(block.entries[0].data) if vcpu.get_msrs(block) else None
 
 
 @dataclass(frozen=True)

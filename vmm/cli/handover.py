@@ -93,6 +93,8 @@ def hand_over(
 
     With a `name` the new VMM's control socket is the named VM's own; without one it takes the place of
     `monitor`. Raises a HandoverError that says what went wrong and where the guest is.
+
+    A KeyboardInterrupt cancels it. Where it is too late for that, the handover is completed first.
     """
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="handover-", dir=monitor.parent) as folder:
@@ -110,16 +112,23 @@ def hand_over(
             on_error.callback(new.close)
             try:
                 _begin(old, vmm, main, cpr)
-                _wait_ended(old, vmm, deadline)
+                interrupted = _wait_ended(old, vmm, deadline)
                 report: dict[str, Any] = old.execute("x-vmm-report")
                 progress(f"the guest runs in pid {vmm.pid}; ending the old VMM (pid {report['pids']['old']})")
-                _quit(old, report["pids"]["old"])
+                if not quit_and_wait(old):
+                    raise HandoverError(
+                        f"the guest was handed over, but the old VMM (pid {report['pids']['old']}) does not "
+                        "end; kill it"
+                    )
             except PeerError as error:
                 raise HandoverError(f"{error}; {_whereabouts(vmm, new)}") from error
             on_error.pop_all()
         if name is None:
             os.replace(vmm.monitor, monitor)
             vmm.monitor = monitor
+        if interrupted:
+            new.close()
+            raise KeyboardInterrupt
     return Handed(report, vmm, new)
 
 
@@ -172,26 +181,32 @@ def _begin(old: QmpClient, vmm: LaunchedVmm, main: Path, cpr: Path) -> None:
         raise HandoverError(f"the old VMM refuses: {error}; the guest stays there") from error
 
 
-def _wait_ended(old: QmpClient, vmm: LaunchedVmm, deadline: float) -> None:
-    """Wait for the handover to complete; cancel it at the deadline. Raises HandoverError where it does
-    not.
+def _wait_ended(old: QmpClient, vmm: LaunchedVmm, deadline: float) -> bool:
+    """Wait for the handover to complete; cancel it at the deadline, or if interrupted. Whether it was, too
+    late.
+
+    Raises HandoverError where the guest has not moved, KeyboardInterrupt where that was the user's wish.
     """
+    interrupted = False
     try:
         _wait_event(old, deadline)
     except (PeerError, KeyboardInterrupt) as error:
-        if isinstance(error, PeerError) and time.monotonic() < deadline:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if not interrupted and time.monotonic() < deadline:
             raise
         old.execute("migrate_cancel")
         _wait_event(old, time.monotonic() + CANCEL_S)
     outcome = old.execute("query-migrate")
     if outcome["status"] == "completed":
-        return
+        return interrupted
     why = outcome.get("error-desc", outcome["status"])
     state = old.execute("query-status")["status"]
-    if state in HOLDING:
-        vmm.end()
-        raise HandoverError(f"{why}; the guest is {state} in the old VMM, as before")
-    raise HandoverError(f"{why}; the guest is not in the old VMM any more (run state {state})")
+    if state not in HOLDING:
+        raise HandoverError(f"{why}; the guest is not in the old VMM any more (run state {state})")
+    vmm.end()
+    if interrupted and outcome["status"] == "cancelled":
+        raise KeyboardInterrupt
+    raise HandoverError(f"{why}; the guest is {state} in the old VMM, as before")
 
 
 def _wait_event(old: QmpClient, deadline: float) -> None:
@@ -212,18 +227,15 @@ def _whereabouts(vmm: LaunchedVmm, new: QmpClient) -> str:
     return f"the guest is {state} in the new VMM (pid {vmm.pid})"
 
 
-def _quit(old: QmpClient, pid: int) -> None:
-    """Tell the old VMM to end, and wait until it has."""
-    pidfd = os.pidfd_open(pid)
+def quit_and_wait(vmm: QmpClient) -> bool:
+    """Tell a VMM to end; whether it has within `QUIT_S`. Closes the connection. Raises PeerError."""
+    pidfd = os.pidfd_open(vmm.pid)
     try:
-        old.execute("quit")
-        old.close()
+        vmm.execute("quit")
+        vmm.close()
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
-        if not poller.poll(QUIT_S * 1000):
-            raise HandoverError(
-                f"the guest was handed over, but the old VMM (pid {pid}) does not end; kill it"
-            )
+        return bool(poller.poll(QUIT_S * 1000))
     finally:
         os.close(pidfd)
 

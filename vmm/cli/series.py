@@ -12,15 +12,17 @@ import base64
 import json
 import os
 import random
+import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
-from vmm.cli.handover import hand_over
+from vmm.cli.handover import hand_over, quit_and_wait
 from vmm.cli.launch import LaunchedVmm
 from vmm.cli.rundir import RunDir
 from vmm.errors import GuestCrash, HandoverError, PeerError, VmmError
@@ -35,6 +37,7 @@ END_S = 20.0
 POLL_S = 0.02
 SETTLE_S = 0.1  # after a window, for the guest to have noted the gap that it is in
 CONTROL_AFTER_S = (0.05, 0.25)  # the control window begins somewhere in here
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GUEST_ENDED_WELL = 1  # (0 << 1) | 1, the debug-exit port's code 0
 
 
@@ -334,7 +337,7 @@ class Series:
         directory = self.directory
         if directory.lives():
             with QmpClient.connect(directory.qmp) as client:
-                client.execute("quit")
+                quit_and_wait(client)
         self.vmm.end()
         if not keep_log:
             directory.log.unlink(missing_ok=True)
@@ -373,16 +376,17 @@ class Series:
     def _replace(self) -> tuple[dict[str, Any], tuple[float, ...]]:
         """The same; the report, and the stalls."""
         old = self.vmm
-        handed = hand_over(
-            self.client,
-            self.directory.qmp,
-            name=self.directory.name,
-            log=self.directory.log,
-            mode=self.mode,
-            keeper=self.mode == "adopt",
-            progress=self._on_handover,
-        )
-        self.vmm, self.client = handed.vmm, handed.client
+        with uninterrupted():
+            handed = hand_over(
+                self.client,
+                self.directory.qmp,
+                name=self.directory.name,
+                log=self.directory.log,
+                mode=self.mode,
+                keeper=self.mode == "adopt",
+                progress=self._on_handover,
+            )
+            self.vmm, self.client = handed.vmm, handed.client
         if (status := old.wait(END_S)) != 0:
             raise HandoverError(f"the old VMM (pid {old.pid}) ended with status {status}: {old.last_words()}")
         return handed.report, self._look_at_vm()
@@ -426,6 +430,28 @@ class Series:
         ending = Ending(before.rounds, before.ticks, lost, errors)
         steps, vms = tuple(self._steps), tuple(self.vms)
         return Record(self.mode, self.guest, self._memory, self._cpus, steps, vms, ending)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """An interrupt (Ctrl-C) takes effect at the end of this, so that it is known who has the guest; a second
+    one does at once. For the main thread.
+    """
+    numbers: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if numbers:
+            raise KeyboardInterrupt
+        numbers.append(number)
+
+    before = {number: signal.signal(number, note) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if numbers:
+        signal.raise_signal(numbers[0])
 
 
 def _violation(line: str) -> str | None:

@@ -17,6 +17,7 @@ from vmm.errors import PeerError
 from vmm.qmp.backend import QmpError
 from vmm.qmp.framing import JsonStream, Limits
 from vmm.qmp.parser import JsonError
+from vmm.sockets import peer
 
 _LIMITS = Limits(value_bytes=1 << 26, tokens=1 << 21)  # QEMU's own; replies are larger than requests
 _RECEIVE_BYTES = 1 << 18
@@ -69,6 +70,11 @@ class QmpClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def pid(self) -> int:
+        """The process that answers."""
+        return peer(self._socket)[0]
 
     def close(self) -> None:
         """Close the connection."""

@@ -102,6 +102,7 @@ class KeeperPort:
         self._events: dict[int, tuple[int, int]] = {}  # vCPU index -> its go and done eventfds
         self._offered: socket.socket | None = None
         self._life = -1
+        self._is_child = False
         try:
             self._greet()
         except BaseException:
@@ -142,13 +143,14 @@ class KeeperPort:
                     command,
                     pass_fds=[fd for fd in given if fd >= 0],
                     stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
                     start_new_session=True,
                     cwd="/",
                 )
             except OSError as error:
                 ours.close()
                 raise HostError(f"the keeper process cannot be started: {error.strerror}") from error
-        process.returncode = 0  # it outlives this process: nobody here waits for it
+        process.returncode = 0  # it outlives this process, unless `close` ends it for good
         assert process.stdin is not None
         with suppress(BrokenPipeError), process.stdin as stdin:  # one that has ended is noticed below
             stdin.write(program(process.pid))
@@ -156,6 +158,7 @@ class KeeperPort:
             port = cls(ours, orphan_timeout_s, spin)
         except PeerError as error:
             raise HostError(f"the keeper process does not start: {error}") from error
+        port._is_child = True
         port.attach()
         return port
 
@@ -325,6 +328,8 @@ class KeeperPort:
         if for_good and self._broken is None:
             try:
                 self._do(keeper.OP_QUIT, "end")
+                if self._is_child:
+                    os.waitid(os.P_PIDFD, self._life, os.WEXITED)  # no zombie is left
             except PeerError:
                 if self._broken is None:
                     raise  # it lives

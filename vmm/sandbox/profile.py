@@ -77,6 +77,7 @@ def vmm_rules(pid: int, refused: int = REFUSED) -> list[Rule]:
         Rule("socketpair", (Where(0, AF_UNIX),)),
         Rule("tgkill", (Where(0, pid),)),  # a vCPU's thread is kicked
         Rule("kill", (Where(0, pid),)),
+        Rule("waitid"),  # for a keeper of its own that it has told to end
         Rule("prlimit64", (Where(0, 0),)),
         *_no_new_code(refused),
         *NEW_THREADS,

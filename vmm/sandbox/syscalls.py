@@ -95,6 +95,7 @@ NUMBERS: Final[dict[str, int]] = {
     "getpid": 39,
     "getppid": 110,
     "tgkill": 234,
+    "waitid": 247,
     "kill": 62,
     "sched_yield": 24,
     "sched_getaffinity": 204,

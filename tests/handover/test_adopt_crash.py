@@ -60,6 +60,7 @@ def test_somebody_has_the_guest(guest: KeptGuest, faults: str) -> None:
     handover = guest.verb("handover", NAME, "--timeout=20")
     handover.wait(60)
     guest.faults = None
+    guest.kills += faults.count("kill")
     expected = CASES[faults]
     wait_for("one VMM, or none", lambda: len(monitors(guest)) == (expected != "nobody"))
     if expected == "nobody":

@@ -34,8 +34,10 @@ def protected_mode(body: bytes, path: Path) -> list[str]:
 
 
 def run(stage: Stage, options: list[str], serial: str = "null") -> Side:
-    """A VMM with that guest."""
-    return stage.start(*options, guest=None, serial=serial)
+    """A VMM with that guest, which begins once the monitor answers."""
+    side = stage.start(*options, "--paused", guest=None, serial=serial)
+    side.client.execute("cont")
+    return side
 
 
 def asks(side: Side, command: str = "query-status") -> object:
@@ -75,7 +77,7 @@ def test_a_flooded_console_whose_client_is_stuck_holds_up_nobody(
 ) -> None:
     console = stage.folder / "console"
     options = real_mode(b"\xba\xf8\x03" + flood, tmp_path / "flood")
-    old = run(stage, [*options, *(["--keeper"] if keeper else [])], f"unix:{console}")
+    old = run(stage, [*options, "--keeper" if keeper else "--no-keeper"], f"unix:{console}")
     stuck.connect(str(console))
     wait_for("a full socket", lambda: full(stuck) or None)
     for _ in range(5):

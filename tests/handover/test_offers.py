@@ -28,7 +28,7 @@ from vmm.units import MIB
 
 ANSWER_S = 20.0
 GOOD: dict[str, Any] = {"kernel": "ticker", "memory": 32 * MIB, "cpus": 1, "serial": "null"}
-MEMFDS = {"token": TOKEN_SIZE, "state": ARENA_SIZE, "ram": 32 * MIB}
+MEMFDS = {"token": TOKEN_SIZE, "state": ARENA_SIZE, "fresh": ARENA_SIZE, "ram": 32 * MIB}
 
 
 @dataclass
@@ -122,12 +122,16 @@ def test_what_is_no_machine(newcomer: Newcomer, machine: bytes) -> None:
     [
         ({}, "fd token/0 is missing from the fd table"),
         ({"token": TOKEN_SIZE}, "fd state/0 is missing from the fd table"),
-        ({"token": TOKEN_SIZE, "state": ARENA_SIZE}, "fd ram/0 is missing from the fd table"),
+        ({"token": TOKEN_SIZE, "state": ARENA_SIZE}, "fd fresh/0 is missing from the fd table"),
+        ({**MEMFDS, "ram": None}, "fd ram/0 is missing from the fd table"),
         ({**MEMFDS, "token": 8}, "fd token/0 has 8 bytes where 4096 were expected"),
     ],
 )
-def test_what_did_not_come_is_not_made_anew(newcomer: Newcomer, memfds: dict[str, int], words: str) -> None:
-    assert words in newcomer.is_offered(json.dumps(GOOD).encode(), memfds)
+def test_what_did_not_come_is_not_made_anew(
+    newcomer: Newcomer, memfds: dict[str, int | None], words: str
+) -> None:
+    came = {name: size for name, size in memfds.items() if size is not None}
+    assert words in newcomer.is_offered(json.dumps(GOOD).encode(), came)
 
 
 @pytest.mark.kvm

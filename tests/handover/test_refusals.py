@@ -206,7 +206,7 @@ def test_the_new_vmm_is_told_when_it_is_cancelled(stage: Stage) -> None:
 
 def test_the_old_vmm_is_killed_before_it_has_paused(stage: Stage) -> None:
     """The guest dies with its VMM, as anywhere; the new one says so and ends."""
-    old, new = stage.start(), stage.await_guest()
+    old, new = stage.start("--no-keeper"), stage.await_guest()
     cpr_transfer(old.client)
     new.process.signal(signal.SIGSTOP)
     old.client.execute("migrate", {"channels": new.channels})

@@ -67,12 +67,17 @@ def _links(pid: int) -> Iterator[str]:
 
 
 def descendants() -> int:
-    """How many processes there are that this one has started, ended and not waited for included."""
-    own = os.getpid()
-    found = 0
+    """How many processes come from this one, those that its children have started and those that have ended
+    and are not waited for included.
+    """
+    children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            found += int(path.read_text().rpartition(")")[2].split()[1]) == own
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return found
+        children.setdefault(parent, []).append(int(path.parent.name))
+    found = children.get(os.getpid(), [])
+    for pid in found:  # which grows meanwhile
+        found.extend(children.get(pid, ()))
+    return len(found)

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from vmm.cpr import protocol
 from vmm.cpr.channel import Cancelled, CancelSwitch, Channel, Listener, connect
 from vmm.cpr.live import Choice, IncomingMachine, LiveIncoming, LiveOutgoing, Timeouts, run
 from vmm.cpr.outgoing import TokenVerdict
@@ -38,6 +39,8 @@ from vmm.cpr.protocol import (
     Running,
     State,
     TraceEvent,
+    as_reason,
+    decode_header,
     encode,
     expect,
 )
@@ -163,8 +166,8 @@ def test_a_message_in_pieces_is_one(ends: tuple[Channel, socket.socket]) -> None
         (b"GET / HTTP/1.1\r\n\r\n", r"another protocol \(magic 0x47455420"),
         (b"\0" * 64, r"another protocol \(magic 0x0, expected 0x56435052\)"),
         (struct.pack("<IIII", MAGIC, VERSION, 2, 0), "another protocol"),
-        (header(2, version=0), "protocol version 0, this VMM 1 to 1; update one of them"),
-        (header(2, version=VERSION + 1), f"protocol version {VERSION + 1}, this VMM 1 to {VERSION}"),
+        (header(2, version=0), "protocol version 0, this VMM speaks 1 to 1; update the one that is older"),
+        (header(2, version=VERSION + 1), f"protocol version {VERSION + 1}, this VMM speaks 1 to {VERSION}"),
         (header(2, version=(1 << 32) - 1), "protocol version 4294967295"),
         (header(LARGEST_BODY + 1), f"announces {LARGEST_BODY + 1} bytes and 0 fds"),
         (header((1 << 32) - 1), "announces 4294967295 bytes"),
@@ -188,6 +191,77 @@ def test_what_is_no_message(ends: tuple[Channel, socket.socket], data: bytes, wo
     theirs.sendall(data)
     with pytest.raises(StateError, match=words):
         channel.receive(1.0)
+
+
+NINES = b"9" * 400
+HOSTILE_BODIES = {
+    "epoch": b'{"type":"state","epoch":%s,"running":true}' % NINES,
+    "pid": b'{"type":"running","pid":%s,"events":[]}' % NINES,
+    "negative pid": b'{"type":"running","pid":-1,"events":[]}',
+    "ns": b'{"type":"running","pid":1,"events":[["a",%s]]}' % NINES,
+    "negative ns": b'{"type":"running","pid":1,"events":[["a",-1]]}',
+    "event name": b'{"type":"running","pid":1,"events":[["%s",1]]}' % NINES,
+    "events": b'{"type":"running","pid":1,"events":[%s["a",1]]}' % (b'["a",1],' * 4096),
+    "client": b'{"type":"farewell","clients":[[%s,""]]}' % NINES,
+    "clients": b'{"type":"farewell","clients":[%s[0,""]]}' % (b'[0,""],' * 256),
+    "why": b'{"type":"ready","method":"rebuild","why":"%s","received":true,"probe":""}' % (NINES * 11),
+    "probe": b'{"type":"ready","method":"rebuild","why":"","received":true,"probe":"%s"}' % (NINES * 11),
+    "mode": b'{"type":"offer","release":"1","mode":"normal","machine":{},"fds":[]}',
+    "release": b'{"type":"offer","release":"%s","mode":"cpr-transfer","machine":{},"fds":[]}' % NINES,
+    "fd": b'{"type":"offer","release":"1","mode":"cpr-transfer","machine":{},"fds":[{"name":"a","id":1024}]}',
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_BODIES)
+def test_what_has_no_bounds_is_not_taken(ends: tuple[Channel, socket.socket], what: str) -> None:
+    """Whatever is taken can be written again: it goes into answers of the monitor."""
+    channel, theirs = ends
+    body = HOSTILE_BODIES[what]
+    theirs.sendall(header(len(body)) + body)
+    with pytest.raises(StateError, match="cannot be read"):
+        channel.receive(1.0)
+
+
+# --- versions ---
+
+
+def test_the_lower_version_is_spoken(
+    ends: tuple[Channel, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "VERSION", 3)
+    monkeypatch.setattr(protocol, "OLDEST_VERSION", 2)
+    ours, theirs = socket.socketpair()
+    switch = CancelSwitch()
+    channel = Channel(ours, switch)
+    try:
+        channel.send(Commit())
+        assert decode_header(theirs.recv(4096)[: HEADER.size]).version == 3
+        theirs.sendall(encode(Prepared(), version=2))
+        assert channel.receive(1.0) == (Prepared(), [])
+        channel.send(Commit())
+        assert decode_header(theirs.recv(4096)[: HEADER.size]).version == 2
+        theirs.sendall(encode(Prepared(), version=3))
+        channel.receive(1.0)
+        assert channel.say_last(Cancel("off"))
+        assert decode_header(theirs.recv(4096)[: HEADER.size]).version == 2
+    finally:
+        channel.close()
+        theirs.close()
+        switch.close()
+
+
+@pytest.mark.parametrize("version", [1, 4])
+def test_a_version_that_nobody_speaks(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    monkeypatch.setattr(protocol, "VERSION", 3)
+    monkeypatch.setattr(protocol, "OLDEST_VERSION", 2)
+    with pytest.raises(StateError, match=f"version {version} cannot be spoken; this VMM speaks 2 to 3"):
+        encode(Commit(), version=version)
+
+
+def test_a_text_that_is_not_utf8_is_not_sent() -> None:
+    with pytest.raises(StateError, match="Refuse: a text in it is not UTF-8"):
+        encode(Refuse("/tmp/\udcff"))
+    assert as_reason("/tmp/\udcff" + "x" * 5000) == "/tmp/\\udcff" + "x" * 4085
 
 
 @pytest.mark.parametrize("at", range(len(encode(State(3, True)))))
@@ -773,6 +847,83 @@ def test_a_new_vmm_that_is_not_ready(
     theirs.sendall(data)
     with pytest.raises(error, match=words):
         run(world.wait_ready())
+
+
+@pytest.mark.parametrize(
+    ("oldest", "words"),
+    [
+        (
+            1,
+            "the new VMM speaks protocol version 1, and was offered the guest in version 2; .*: what is 2",
+        ),
+        (2, "the peer speaks protocol version 1, this VMM speaks 2 to 2"),
+    ],
+)
+def test_a_new_vmm_of_an_older_protocol(
+    taker: tuple[LiveOutgoing, socket.socket], monkeypatch: pytest.MonkeyPatch, oldest: int, words: str
+) -> None:
+    world, theirs = taker
+    theirs.sendall(encode(Refuse("what is 2?")))
+    monkeypatch.setattr(protocol, "VERSION", 2)
+    monkeypatch.setattr(protocol, "OLDEST_VERSION", oldest)
+    with pytest.raises(StateError, match=words):
+        run(world.wait_ready())
+
+
+def test_both_channels_speak_one_version(
+    taker: tuple[LiveOutgoing, socket.socket],
+    tmp_socket_dir: Path,
+    switch: CancelSwitch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, theirs = taker
+    theirs.sendall(encode(MESSAGES[1]))
+    theirs.shutdown(socket.SHUT_RDWR)
+    monkeypatch.setattr(protocol, "VERSION", 2)
+    run(world.wait_ready())
+    listener = Listener(str(tmp_socket_dir / "main"))
+    run(world.connect_main())
+    main = listener.accept(1.0, switch)
+    run(world.send_state())
+    assert decode_header(main._sock.recv(4096)[: HEADER.size]).version == 1
+    main.close()
+    listener.close()
+
+
+def test_another_mode_is_not_offered(taker: tuple[LiveOutgoing, socket.socket]) -> None:
+    world, _ = taker
+    world.report.mode = "normal"
+    with pytest.raises(msgspec.ValidationError):
+        run(world.offer())
+
+
+def too_large() -> list[tuple[int, bytes]]:
+    return [(0, bytes(LARGEST_BODY))]
+
+
+def broken() -> list[tuple[int, bytes]]:
+    raise OSError(12, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("farewell", [too_large, broken])
+def test_clients_that_cannot_move_do_not_unsay_running(
+    taker: tuple[LiveOutgoing, socket.socket],
+    tmp_socket_dir: Path,
+    switch: CancelSwitch,
+    caplog: pytest.LogCaptureFixture,
+    farewell: Callable[[], list[tuple[int, bytes]]],
+) -> None:
+    world, _ = taker
+    world._farewell = farewell
+    listener = Listener(str(tmp_socket_dir / "main"))
+    run(world.connect_main())
+    main = listener.accept(1.0, switch)
+    main.send(Running(7, []))
+    run(world.receive_running())
+    assert world.report.new_pid == 7
+    assert "the clients that were to move with the guest are lost" in caplog.text
+    main.close()
+    listener.close()
 
 
 def test_a_new_vmm_that_sends_fds(taker: tuple[LiveOutgoing, socket.socket]) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from vmm.cpr import protocol
 from vmm.cpr.protocol import FDS_PER_BATCH, HEADER, MOST_FDS, Message, decode_body, decode_header, encode
 from vmm.errors import ConfigError, HandoverError, PeerError, StateError
 from vmm.sockets import check_peer, listen, peer
@@ -131,10 +132,15 @@ def _wait(sock: socket.socket, events: int, deadline: float | None, cancel: Canc
 
 
 class Channel:
-    """One connected socket of a handover. Used by one thread at a time."""
+    """One connected socket of a handover. Used by one thread at a time.
+
+    `version` is the protocol's that is spoken on it: the newest until the peer's first message says that it
+    speaks an older one.
+    """
 
     def __init__(self, sock: socket.socket, cancel: CancelSwitch) -> None:
         sock.setblocking(False)
+        self.version = protocol.VERSION
         self._sock = sock
         self._cancel = cancel
         self._buffer = bytearray()
@@ -150,7 +156,7 @@ class Channel:
         time.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        data = memoryview(encode(message, len(fds)))
+        data = memoryview(encode(message, len(fds), self.version))
         while data:
             data = data[self._sendmsg(data, (), deadline) :]
         for at in range(0, len(fds), FDS_PER_BATCH):
@@ -182,7 +188,8 @@ class Channel:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
-            length, count = decode_header(self._read(HEADER.size, deadline))
+            version, length, count = decode_header(self._read(HEADER.size, deadline))
+            self.version = min(self.version, version)
             message = decode_body(self._read(length, deadline))
             batches = -(-count // FDS_PER_BATCH)
             self._read(batches, deadline)
@@ -246,7 +253,7 @@ class Channel:
         """Send `message`, cancelled or not, if the peer takes it at once, and close. False where it did
         not.
         """
-        data = encode(message)
+        data = encode(message, version=self.version)
         try:
             return self._sock.send(data, socket.MSG_NOSIGNAL) == len(data)
         except OSError:

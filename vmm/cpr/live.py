@@ -17,16 +17,16 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from vmm import __version__
-from vmm.cpr import incoming, outgoing
+from vmm.cpr import incoming, outgoing, protocol
 from vmm.cpr.channel import CancelSwitch, Channel, Listener, connect
 from vmm.cpr.outgoing import TokenVerdict
 from vmm.cpr.protocol import (
-    LARGEST_REASON,
     Cancel,
     Commit,
     Farewell,
     FdEntry,
     Method,
+    Mode,
     Offer,
     Prepared,
     Ready,
@@ -34,6 +34,7 @@ from vmm.cpr.protocol import (
     Running,
     State,
     TraceEvent,
+    as_reason,
     expect,
 )
 from vmm.cpr.report import Report
@@ -152,6 +153,7 @@ class LiveOutgoing:
         self._farewell = farewell
         self._cpr: Channel | None = None
         self._main: Channel | None = None
+        self._version = protocol.VERSION  # what both sides speak, once the new one has answered
         self._was_running = False
         self._naps = 0
 
@@ -181,7 +183,7 @@ class LiveOutgoing:
         table = self._machine.fd_table()
         offer = Offer(
             release=__version__,
-            mode=self.report.mode,
+            mode=msgspec.convert(self.report.mode, Mode),
             machine=msgspec.Raw(self._machine.describe()),
             fds=[FdEntry(name, index) for name, index, _ in table],
         )
@@ -192,6 +194,12 @@ class LiveOutgoing:
         assert self._cpr is not None
         message, fds = self._cpr.receive(self._timeouts.setup_s)
         _close_all(fds)
+        self._version = self._cpr.version
+        if isinstance(message, Refuse) and self._version < protocol.VERSION:
+            raise StateError(
+                f"the new VMM speaks protocol version {self._version}, and was offered the guest in version "
+                f"{protocol.VERSION}; hand over to a newer VMM (it says: {as_reason(message.reason)})"
+            )
         ready = expect(message, Ready)
         if self._cpr.wait_hang_up(self._timeouts.setup_s) is not None:
             raise StateError("the new VMM said ready and went on talking")
@@ -202,6 +210,7 @@ class LiveOutgoing:
 
     async def connect_main(self) -> None:
         self._main = connect(self._paths["main"], self.cancel)
+        self._main.version = self._version
         self._tracer.mark("main-connected")
 
     async def pause(self) -> None:
@@ -240,7 +249,7 @@ class LiveOutgoing:
         self.report.add(Event(event.name, event.ns, "new", running.pid) for event in running.events)
         try:
             self._channel.send(Farewell(self._farewell()), (), self._timeouts.commit_s)
-        except PeerError as error:
+        except Exception as error:  # noqa: BLE001 -- whatever it was, the guest runs there: it has said so
             log.warning("the clients that were to move with the guest are lost: %s", error)
 
     async def keep_token(self) -> None:
@@ -276,7 +285,7 @@ class LiveOutgoing:
 
     async def withdraw(self, reason: str) -> None:
         for channel in self.channels:
-            _say_last(channel, Cancel(reason[:LARGEST_REASON]))
+            _say_last(channel, Cancel(as_reason(reason)))
         self._cpr = self._main = None
         self._machine.release_fds()
 
@@ -442,7 +451,7 @@ class LiveIncoming:
 
     async def refuse(self, reason: str) -> None:
         for channel in self.channels:
-            _say_last(channel, Refuse(reason[:LARGEST_REASON]))
+            _say_last(channel, Refuse(as_reason(reason)))
         self._cpr = self._main = None
         for listener in (self._cpr_listener, self._main_listener):
             if listener is not None:

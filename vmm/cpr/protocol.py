@@ -17,17 +17,21 @@ Cancel where it still can). After Commit the token says who runs the guest, what
 
 A message is a header (be32 magic, be32 protocol version, be32 length of the body, be32 number of fds) and a
 JSON body; its fds come right behind it, in batches of one byte with SCM_RIGHTS. Magic, version, length and
-count are checked before anything is allocated.
+count are checked before anything is allocated, and every number in a body has its bounds.
+
+The offer is in the old VMM's newest version. From the first message that a side receives it speaks the lower
+of both versions; a new VMM that knows no version as high as the offer's refuses it, in its own newest.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from vmm.errors import StateError
+from vmm.trace import KEPT_EVENTS
 
 MAGIC = 0x56435052  # "VCPR"
 VERSION = 1
@@ -36,16 +40,26 @@ HEADER = struct.Struct(">IIII")
 LARGEST_BODY = 1 << 20
 MOST_FDS = 1024
 FDS_PER_BATCH = 250  # below the kernel's SCM_MAX_FD, 253
-LARGEST_REASON = 4096
+LARGEST_FAREWELL = LARGEST_BODY - 4096  # of what a Farewell may carry; the rest is the message's own
+LARGEST_REASON = 4096  # characters
+LONGEST_NAME = 64  # characters: an fd's, an event's, a release's
+MOST_CLIENTS = 256
 
 Method = Literal["adopt", "rebuild"]
+Mode = Literal["cpr-transfer"]
+_Name = Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
+_Reason = Annotated[str, msgspec.Meta(max_length=LARGEST_REASON)]
+_Id = Annotated[int, msgspec.Meta(ge=0, lt=MOST_FDS)]
+_Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Pid = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class FdEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One row of the fd table; the fds travel in the order of the table."""
 
-    name: str
-    id: Annotated[int, msgspec.Meta(ge=0, lt=MOST_FDS)]
+    name: _Name
+    id: _Id
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
@@ -55,10 +69,10 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 class Offer(Message, frozen=True, tag="offer"):
     """Old to new, on cpr: the machine and its fds. The guest runs on."""
 
-    release: str
-    mode: str
+    release: _Name
+    mode: Mode
     machine: msgspec.Raw
-    fds: list[FdEntry]
+    fds: Annotated[list[FdEntry], msgspec.Meta(max_length=MOST_FDS)]
 
 
 class Refuse(Message, frozen=True, tag="refuse"):
@@ -73,15 +87,15 @@ class Ready(Message, frozen=True, tag="ready"):
     """
 
     method: Method
-    why: str
+    why: _Reason
     received: bool
-    probe: str
+    probe: _Reason
 
 
 class State(Message, frozen=True, tag="state"):
     """Old to new, on main: the guest is stopped, its state is in the state memfd. `epoch` is the token's."""
 
-    epoch: Annotated[int, msgspec.Meta(ge=0)]
+    epoch: _Count
     running: bool
 
 
@@ -102,15 +116,15 @@ class Cancel(Message, frozen=True, tag="cancel"):
 class TraceEvent(msgspec.Struct, frozen=True, array_like=True):
     """One trace event of the new VMM: name and CLOCK_MONOTONIC nanoseconds."""
 
-    name: str
-    ns: int
+    name: _Name
+    ns: _Nanoseconds
 
 
 class Running(Message, frozen=True, tag="running"):
     """New to old: the guest is mine. With its part of the report."""
 
-    pid: int
-    events: list[TraceEvent]
+    pid: _Pid
+    events: Annotated[list[TraceEvent], msgspec.Meta(max_length=KEPT_EVENTS)]
 
 
 class Farewell(Message, frozen=True, tag="farewell"):
@@ -118,7 +132,7 @@ class Farewell(Message, frozen=True, tag="farewell"):
     word.
     """
 
-    clients: list[tuple[int, bytes]]
+    clients: Annotated[list[tuple[_Id, bytes]], msgspec.Meta(max_length=MOST_CLIENTS)]
 
 
 AnyMessage = Offer | Refuse | Ready | State | Prepared | Commit | Cancel | Running | Farewell
@@ -127,31 +141,50 @@ _encoder = msgspec.json.Encoder()
 M = TypeVar("M", bound=Message)
 
 
-def encode(message: Message, fds: int = 0) -> bytes:
-    """Header and body of `message`, announcing `fds` file descriptors."""
-    body = _encoder.encode(message)
+def encode(message: Message, fds: int = 0, version: int | None = None) -> bytes:
+    """Header and body of `message`, announcing `fds` file descriptors, as `version` has them: by default the
+    newest. Raises StateError for what no peer could read.
+    """
+    spoken = VERSION if version is None else version
+    if not OLDEST_VERSION <= spoken <= VERSION:
+        raise StateError(f"protocol version {spoken} cannot be spoken; {_known()}")
+    try:
+        body = _encoder.encode(message)
+    except UnicodeEncodeError as error:
+        raise StateError(f"{type(message).__name__}: a text in it is not UTF-8: {error}") from error
     if len(body) > LARGEST_BODY or fds > MOST_FDS:
         raise StateError(
             f"{type(message).__name__}: {len(body)} bytes and {fds} fds are more than the channel takes"
         )
-    return HEADER.pack(MAGIC, VERSION, len(body), fds) + body
+    return HEADER.pack(MAGIC, spoken, len(body), fds) + body
 
 
-def decode_header(header: bytes) -> tuple[int, int]:
-    """`(body length, number of fds)` of a message. Raises StateError for what is no message of ours."""
+class Announced(NamedTuple):
+    """What a header says of its message."""
+
+    version: int
+    length: int
+    fds: int
+
+
+def _known() -> str:
+    return f"this VMM speaks {OLDEST_VERSION} to {VERSION}"
+
+
+def decode_header(header: bytes) -> Announced:
+    """What comes behind `header`. Raises StateError for what is no message of ours."""
     magic, version, length, fds = HEADER.unpack(header)
     if magic != MAGIC:
         raise StateError(f"the peer speaks another protocol (magic {magic:#x}, expected {MAGIC:#x})")
     if not OLDEST_VERSION <= version <= VERSION:
         raise StateError(
-            f"the peer speaks protocol version {version}, this VMM {OLDEST_VERSION} to {VERSION}; "
-            "update one of them"
+            f"the peer speaks protocol version {version}, {_known()}; update the one that is older"
         )
     if length > LARGEST_BODY or fds > MOST_FDS:
         raise StateError(
             f"the peer announces {length} bytes and {fds} fds; at most {LARGEST_BODY} and {MOST_FDS} go"
         )
-    return length, fds
+    return Announced(version, length, fds)
 
 
 def decode_body(body: bytes) -> AnyMessage:
@@ -161,6 +194,11 @@ def decode_body(body: bytes) -> AnyMessage:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StateError(f"the peer sent a message that cannot be read: {error}") from error
     return message
+
+
+def as_reason(text: str) -> str:
+    """`text` as a Refuse or a Cancel can carry it."""
+    return text.encode("utf-8", "backslashreplace").decode()[:LARGEST_REASON]
 
 
 def unexpected(message: Any, wanted: str) -> StateError:

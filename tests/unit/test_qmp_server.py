@@ -564,8 +564,10 @@ def test_a_command_cannot_export_its_own_connection(
         ConnectionState(unsent=b"x" * (server_module.UNSENT_BYTES_MAX + 1)),
         ConnectionState(stream=StreamState(undecoded=b"x" * (server_module.UNDECODED_BYTES_MAX + 1))),
         ConnectionState(stream=StreamState(lexer="nowhere")),
+        ConnectionState(stream=StreamState(braces=10**400)),
+        ConnectionState(stream=StreamState(brackets=-1)),
     ],
-    ids=["unsent", "undecoded", "lexer"],
+    ids=["unsent", "undecoded", "lexer", "braces", "brackets"],
 )
 def test_a_state_no_vmm_exports_is_refused(state: ConnectionState) -> None:
     ours, theirs = socket.socketpair()

@@ -14,6 +14,8 @@ from vmm.errors import StateError
 from vmm.qmp.lexer import Lexer, State, Token
 from vmm.qmp.parser import JsonError, parse, quote
 
+DEEPEST = 1 << 63  # a depth that no client reaches, and that can still be written as JSON
+
 
 class Limits(NamedTuple):
     """How big one value may be; QEMU allows 64 MiB, 2 Mi tokens, depth 1024."""
@@ -57,6 +59,8 @@ class JsonStream:
             self._lexer = Lexer(State(state.lexer))
         except ValueError:
             raise StateError(f"JSON stream: unknown lexer state {state.lexer!r}") from None
+        if not (0 <= state.braces < DEEPEST and 0 <= state.brackets < DEEPEST):
+            raise StateError(f"JSON stream: no stream is {state.braces} and {state.brackets} brackets deep")
         self._discarding = state.discarding
         self._braces = state.braces
         self._brackets = state.brackets

@@ -13,6 +13,7 @@ import socket
 
 import msgspec
 
+from vmm.cpr.protocol import LARGEST_FAREWELL
 from vmm.errors import VmmError
 from vmm.fds import FdStore
 from vmm.qmp.server import Connection, ConnectionState, QmpServer
@@ -20,6 +21,12 @@ from vmm.qmp.server import Connection, ConnectionState, QmpServer
 log = logging.getLogger(__name__)
 
 LARGEST_STATE = 1 << 16  # bytes of what is under way on one connection; a client with more is not moved
+ROW_BYTES = 16  # at most, of a client in a Farewell, besides its state: brackets, commas, quotes, id
+
+
+def _size_of_row(state: bytes) -> int:
+    """Bytes of one client in a Farewell: its id, and its state in base64."""
+    return ROW_BYTES + 4 * -(-len(state) // 3)
 
 
 class LeavingClients:
@@ -38,19 +45,27 @@ class LeavingClients:
         return [("qmp", index, fd) for index, (_, fd) in self._clients.items()]
 
     def leave(self) -> list[tuple[int, bytes]]:
-        """Stop serving them; `(id, state as JSON)` of those that are still there."""
-        left = []
+        """Stop serving them; `(id, state as JSON)` of those that are still there and can go. Who is in a
+        command, or has more under way than the last message takes, stays.
+        """
+        left: list[tuple[int, bytes]] = []
+        room = LARGEST_FAREWELL
         for index, (connection, _) in self._clients.items():
-            if connection not in self._server.connections:
+            if connection not in self._server.connections or connection.in_turn:
                 continue
-            try:
-                sock, state = self._server.export_connection(connection)
-            except RuntimeError:
-                continue  # it is in a command: it stays here
+            encoded = msgspec.json.encode(connection.state())
+            size = _size_of_row(encoded)
+            if len(encoded) > LARGEST_STATE or size > room:
+                log.warning(
+                    "QMP: the client with pid %d stays here: it has %d bytes under way",
+                    connection.peer_pid,
+                    len(encoded),
+                )
+                continue
+            room -= size
+            sock, _ = self._server.export_connection(connection)
             sock.close()  # the new VMM has its own
-            encoded = msgspec.json.encode(state)
-            if len(encoded) <= LARGEST_STATE:
-                left.append((index, encoded))
+            left.append((index, encoded))
         return left
 
     def close(self) -> None:

@@ -118,14 +118,18 @@ class Connection:
         if self._serving:  # and has not gone away meanwhile
             self._leave().close()
 
+    def state(self) -> ConnectionState:
+        """What is under way on it; not from within one of its own commands."""
+        session = self._session.export()
+        return ConnectionState(
+            negotiated=session.negotiated, oob=session.oob, stream=session.stream, unsent=bytes(self._unsent)
+        )
+
     def export(self) -> tuple[socket.socket, ConnectionState]:
         """Stop serving it; the socket stays open, and what is not done yet is in the state."""
         if self._in_turn or not self._serving:
             raise RuntimeError("QMP: a connection that has ended, or is in a command, cannot be exported")
-        session = self._session.export()
-        state = ConnectionState(
-            negotiated=session.negotiated, oob=session.oob, stream=session.stream, unsent=bytes(self._unsent)
-        )
+        state = self.state()
         return self._leave(), state
 
     def _leave(self) -> socket.socket:

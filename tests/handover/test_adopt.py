@@ -20,9 +20,10 @@ from vmm.errors import HandoverError
 
 pytestmark = pytest.mark.kvm
 
-MANY = 50
-WARM_UP = 5
-RSS_TOLERANCE = 0.05
+MANY = 12
+WARM_UP = 4
+RSS_TOLERANCE = 0.05  # what the allocator keeps differs from process to process
+KEEPER_RSS_TOLERANCE = 0.01  # it is one process throughout
 FLOOD = "--append=rate=1000"
 
 
@@ -171,9 +172,9 @@ def test_a_console_client_that_came_after_a_handover_outlives_a_vmm(stage: Stage
         assert console.recv(4096)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_nothing_piles_up(stage: Stage) -> None:
+    """(`scripts/bench leak --mode=adopt` looks at hundreds of handovers.)"""
+
     def memory(pid: int) -> int:
         found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
         assert found
@@ -195,7 +196,7 @@ def test_nothing_piles_up(stage: Stage) -> None:
     late = measure(side)
     assert late[:3] == early[:3]
     assert late[3] <= early[3] * (1 + RSS_TOLERANCE)
-    assert late[4] <= early[4] * (1 + RSS_TOLERANCE)
+    assert late[4] <= early[4] * (1 + KEEPER_RSS_TOLERANCE)
     stage.hear()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from qemu.qmp import EventListener, ExecuteError, QMPClient
 
-from tests.handover.stage import TIMEOUT_S, Side, Stage
+from tests.handover.stage import TIMEOUT_S, VM_FD, Side, Stage
 
 pytestmark = pytest.mark.kvm
 
@@ -40,7 +40,7 @@ async def statuses(listener: EventListener, until: str) -> list[str]:
     return seen
 
 
-async def operate(old_path: Path, new: Side) -> None:
+async def operate(old_path: Path, new: Side, method: str, driven: str) -> None:
     async with asyncio.timeout(TIMEOUT_S), monitor(old_path) as old, monitor(new.monitor) as there:
         assert await there.execute("query-status") == {"status": "inmigrate", "running": False}
         assert await there.execute("query-migrate") == {}
@@ -77,16 +77,19 @@ async def operate(old_path: Path, new: Side) -> None:
             await old.execute("migrate", {"channels": new.channels})
         report = await old.execute("x-vmm-report")
         assert report["pids"]["new"] == new.process.pid
-        assert report["vm-fd"]["received"] is True
+        assert (report["method"], report["vm-fd"]) in ((method, VM_FD[driven]), ("adopt", VM_FD["vmm"]))
         assert report["pause-us"] > 0
         await old.execute("quit")
 
 
-def test_a_handover_by_hand(stage: Stage) -> None:
-    old = stage.start()
+@pytest.mark.parametrize(
+    ("option", "method", "driven"), [("--keeper", "adopt", "keeper"), ("--no-keeper", "rebuild", "nobody")]
+)
+def test_a_handover_by_hand(stage: Stage, option: str, method: str, driven: str) -> None:
+    old = stage.start(option)
     stage.hear()
     new = stage.await_guest()
-    asyncio.run(operate(old.monitor, new))
+    asyncio.run(operate(old.monitor, new, method, driven))
     assert old.process.wait() == 0
     at_the_handover = stage.ticks().ticks
     assert stage.hear(10) >= at_the_handover + 10

@@ -61,10 +61,15 @@ class Bus:
         if state is not None:
             self._states[start] = state
 
-    def state_at(self, address: int) -> ctypes.Structure | None:
-        """The state of the device that answers `address`, where it has one."""
-        found = self._lookup(address, 1)
-        return None if found is None else self._states.get(found[0])
+    def state_at(self, address: int, size: int) -> ctypes.Structure | None:
+        """The state of the device that answers the access, or a part of it, where one has any. (No two that
+        have lie side by side, so an access meets one at most.)
+        """
+        for one in range(address, address + size):
+            found = self._lookup(one, 1)
+            if found is not None and (state := self._states.get(found[0])) is not None:
+                return state
+        return None
 
     def ranges(self) -> list[tuple[int, int, str]]:
         """`(start, end, label)` of every range, ascending; `end` is exclusive."""

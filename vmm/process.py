@@ -279,6 +279,7 @@ class VmmProcess:
             if time.monotonic() > deadline:  # who was just killed may hold it for a moment
                 raise HandoverError("another VMM runs the guest; use 'vmm handover' to replace it")
             time.sleep(NAP_S)
+        self._machine.load()
         self._machine.resume(running=not self._machine.state.paused, after_crash=True)
         self._own()
 

@@ -17,9 +17,9 @@ from vmm.fds import FdStore
 from vmm.state import Arena
 from vmm.state.arena import ALIGNMENT, DIRECTORY_ENTRIES, SIZE
 
-HEADER, ENTRY = 64, 64
-CRC_AT, USED_AT = 20, 12
-SECTIONS = HEADER + DIRECTORY_ENTRIES * ENTRY
+HEADER, ENTRY = 128, 64  # the header, and what is before the entries of the first directory
+CRC_AT, USED_AT = 64, 68
+SECTIONS = 64 + 2 * (64 + DIRECTORY_ENTRIES * ENTRY)
 NAMES = [("a", 0), ("a", 1), ("serial", 0), ("vcpu/0/regs", 0)]
 USED = HEADER + len(NAMES) * ENTRY
 
@@ -31,10 +31,9 @@ class Words(ctypes.LittleEndianStructure):
 
 def sign(content: bytearray) -> None:
     """Make the checksum right, so that what lies behind it is reached."""
-    content[CRC_AT : CRC_AT + 4] = bytes(4)
-    used = min(int.from_bytes(content[USED_AT : USED_AT + 4], "little"), DIRECTORY_ENTRIES)
-    crc = zlib.crc32(content[:HEADER], zlib.crc32(content[HEADER : HEADER + used * ENTRY]))
-    content[CRC_AT : CRC_AT + 4] = crc.to_bytes(4, "little")
+    used = int.from_bytes(content[USED_AT : USED_AT + 4], "little")
+    end = HEADER + min(used, DIRECTORY_ENTRIES) * ENTRY
+    content[CRC_AT:USED_AT] = zlib.crc32(content[USED_AT:end]).to_bytes(4, "little")
 
 
 def edge(value: int) -> bytes:
@@ -94,6 +93,7 @@ def check(state: int, *, unchanged: bool, signed: bool) -> None:
             arena.place(name, instance, Words).words[8] = 1
         except VmmError:  # another version or size, or no room for one that is new
             continue
+    arena.settle()
     again = Arena(state, create=False)
     assert list(again) == list(arena)
 

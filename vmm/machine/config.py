@@ -151,7 +151,7 @@ def kept_config(arena: Arena) -> MachineConfig:
     """The record in the state memfd. Raises StateError where there is none, ConfigError where it is no
     good.
     """
-    kept = arena.place("config", 0, KeptConfig)
+    kept = arena.peek("config", 0, KeptConfig)
     text = kept.text
     if not 0 < kept.length <= KEPT_BYTES or len(text) != kept.length:
         raise StateError("state memfd: no machine configuration in it")

@@ -93,11 +93,8 @@ class Journal:
         if not number or state.number != number or state.snapshot != state.steps:
             return False
         offset, size = state.offset, state.size
-        if not any(
-            section.offset == offset and section.size == size <= LARGEST_STATE for section in self._arena
-        ):
+        if size > LARGEST_STATE or not self._arena.restore(offset, bytes(state.data[:size])):
             raise StateError(f"state section {self._label}: {size} bytes at {offset} are no device's state")
-        self._arena.overwrite(offset, bytes(state.data[:size]))
         state.snapshot = NO_STEP
         return True
 

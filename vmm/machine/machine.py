@@ -93,8 +93,7 @@ class MachineState(ctypes.LittleEndianStructure):
 
 def home_of(arena: Arena) -> int:
     """`Port.identity` of what the guest's VM lives in."""
-    home: int = arena.place("machine", 0, MachineState).home
-    return home
+    return int(arena.peek("machine", 0, MachineState).home)
 
 
 class _KernelIrqLine:
@@ -575,11 +574,12 @@ class Machine:
             self._enter(RunState.POSTMIGRATE)
 
     def load(self) -> None:
-        """Give vCPUs and VM the state in the state memfd; nothing to do for an adopted VM, which has it.
+        """Give vCPUs and VM the state in the state memfd; an adopted VM has it.
 
         Raises StateError; then the old VMM still has the guest.
         """
         with self._lock:
+            self.arena.convert()
             if self.hypervisor.origin is Origin.REBUILT:
                 if len(self.threads) == 1:
                     self.hypervisor.load_vcpu(0)  # one hop less
@@ -600,6 +600,7 @@ class Machine:
                 for thread in self.threads:
                     thread.begin_anew()
                 self._settle_in()
+            self.arena.settle()
             if after_crash and self.state.ended:
                 self._enter(RunState.PAUSED)
                 self._listener.guest_exited(self.state.exit_status, "guest-shutdown")
@@ -618,6 +619,7 @@ class Machine:
             thread.recover()
         if self._console_steps is not None:
             self._console_steps.recover()
+        self.arena.convert()  # again: what was undone is where the last VMM had it
         if after_crash:
             state = self.arena.place("serial", 0, SerialState)
             self._irq(COM1_IRQ).set(bool(state.irq_level))  # it may not have come to that

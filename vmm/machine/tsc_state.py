@@ -7,18 +7,21 @@ goes on to the cycle, the pause included.
 from __future__ import annotations
 
 import ctypes
+from typing import ClassVar
 
 from vmm.errors import StateError
 from vmm.kvm import Cap, Vcpu, Vm
 from vmm.state import Arena
 
-SECTION, VERSION = "vcpu/tsc", 1
+SECTION = "vcpu/tsc"
 
 
 class TscSection(ctypes.LittleEndianStructure):
     """Guest TSC minus host TSC in cycles, modulo 2**64 (KVM_VCPU_TSC_OFFSET), and the guest's kHz, 0 where
     KVM does not tell.
     """
+
+    VERSION: ClassVar[int] = 1
 
     _fields_ = (("offset", ctypes.c_uint64), ("khz", ctypes.c_uint32), ("has_offset", ctypes.c_uint32))
 
@@ -27,7 +30,7 @@ class TscState:
     """The TSC of one vCPU, in the state memfd."""
 
     def __init__(self, arena: Arena, vcpu: Vcpu) -> None:
-        self.section = arena.place(SECTION, vcpu.index, TscSection, VERSION)
+        self.section = arena.place(SECTION, vcpu.index, TscSection)
 
     def save(self, vm: Vm, vcpu: Vcpu) -> None:
         """Keep offset and frequency, at the guest's birth."""

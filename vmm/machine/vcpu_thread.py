@@ -188,11 +188,11 @@ class VcpuThread:
         finally:
             vcpu.immediate_exit = False
 
-    def _steps(self, bus: Bus, address: int, count: int) -> Iterable[int]:
+    def _steps(self, bus: Bus, address: int, size: int, count: int) -> Iterable[int]:
         """Which of the `count` accesses of the exit at hand are still to be made; each is journaled that
         changes a device's state.
         """
-        state = None if self._journal is None else bus.state_at(address)
+        state = None if self._journal is None else bus.state_at(address, size)
         if self._journal is None or state is None:
             return range(count)
         return self._journal.steps(self.vcpu.pending_exit, count, state)
@@ -230,16 +230,16 @@ class VcpuThread:
         size, port, pio = io.size, io.port, self._pio
         data = self.vcpu.io_data(io.data_offset, size * io.count)
         if io.direction == abi.KVM_EXIT_IO_OUT:
-            for step in self._steps(pio, port, io.count):
+            for step in self._steps(pio, port, size, io.count):
                 pio.write(port, bytes(data[step * size : step * size + size]))
         else:
-            for step in self._steps(pio, port, io.count):
+            for step in self._steps(pio, port, size, io.count):
                 data[step * size : step * size + size] = pio.read(port, size)
 
     def _on_mmio(self) -> None:
         mmio = self.vcpu.run_page.mmio
         length, address = mmio.len, mmio.phys_addr
-        for _ in self._steps(self._mmio, address, 1):
+        for _ in self._steps(self._mmio, address, length, 1):
             if mmio.is_write:
                 self._mmio.write(address, bytes(mmio.data[:length]))
             else:

@@ -30,11 +30,14 @@ static bool prepare(void)
 
 static void turn(struct vcpu *v)
 {
-	u32 me = v->index, to = neighbour(v)->index;
-	u64 received = ipis[to].received;
+	u32 me = v->index, to;
+	u64 received;
 
 	if (results.state != GUEST_RUNNING)
 		return; /* neighbours change until all vCPUs are there */
+	barrier();
+	to = neighbour(v)->index;
+	received = ipis[to].received;
 	if (received == ipis[me].sent) {
 		ipis[me].sent++;
 		ipis[me].sent_at = v->now;

@@ -44,6 +44,12 @@ class GuestCrash(VmmError):
     exit_code: ClassVar[int] = 8
 
 
+class GuestHarm(VmmError):
+    """A guest that looks after itself found something lost or wrong."""
+
+    exit_code: ClassVar[int] = 14
+
+
 class HandoverError(VmmError):
     """A handover did not take place; the guest is where the message says it is."""
 

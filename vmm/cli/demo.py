@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vmm.errors import UsageError
+from vmm.errors import GuestHarm, UsageError
 
 if TYPE_CHECKING:
     from vmm.cli.series import Record
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 HANDOVERS = 5
 MEMORY = "128M"
-WRONG = 1
 MODES = {"rebuild": ("rebuild",), "adopt": ("adopt",), "both": ("rebuild", "adopt")}
 COLUMNS = ("p50", "p99", "max")
 DRIVEN = {
@@ -50,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show it. Status 0 if all went well, 1 if something was lost or wrong."""
+    """Show it. Raises GuestHarm, once all is said, if something was lost or wrong."""
     from vmm.machine.config import from_mapping
 
     if arguments.handovers < 1:
@@ -64,10 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
         for mode in MODES[arguments.mode]
     ]
     _say(json.dumps(as_dict(arguments.mode, records)) if arguments.json else "\n".join(text(records)))
-    if all(record.good for record in records):
-        return 0
-    print("vmm: something of the guest was lost or wrong; see the figures", file=sys.stderr)
-    return WRONG
+    if not all(record.good for record in records):
+        raise GuestHarm("something of the guest was lost or wrong; see the figures")
+    return 0
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import traceback
 
 from vmm import __version__
 
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _guarded(module: str, arguments: argparse.Namespace) -> int:
-    from vmm.errors import VmmError
+    from vmm.errors import HostError, VmmError
 
     try:
         status: int = importlib.import_module(module).run(arguments)
@@ -51,6 +53,18 @@ def _guarded(module: str, arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
         return VmmError.exit_code
+    except OSError as error:  # what nobody expected: the table of fds is full, a disk, …
+        print(f"vmm: {_sentence(error)}", file=sys.stderr)
+        return HostError.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception:  # noqa: BLE001 -- shown whole; Python's own status for it, 1, is a guest's
+        traceback.print_exc()
+        return VmmError.exit_code
     return status
+
+
+def _sentence(error: OSError) -> str:
+    """The kernel's, with the file or ioctl that it is about, and without a number."""
+    said = error.strerror or str(error) or type(error).__name__
+    return said if error.filename is None else f"{os.fsdecode(error.filename)}: {said}"

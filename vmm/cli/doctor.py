@@ -67,9 +67,10 @@ def prove(name: str) -> Proof:
         )
     except subprocess.TimeoutExpired:
         return Proof(name, HELLO[name], False, f"did not end within {HELLO_S:g} s")
-    if ended.returncode == GUEST_ENDED_WELL:
-        return Proof(name, HELLO[name], True, ended.stdout.strip())
-    why = ended.stderr.strip().removeprefix("vmm: ") or "no message"
+    said = ended.stdout.strip()
+    if ended.returncode == GUEST_ENDED_WELL and said == f"hello from {HELLO[name]}":
+        return Proof(name, HELLO[name], True, said)
+    why = ended.stderr.strip().removeprefix("vmm: ") or f"it said {said!r}"
     return Proof(name, HELLO[name], False, f"status {ended.returncode}: {why}")
 
 

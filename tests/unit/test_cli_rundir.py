@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmm.cli.rundir import RunDir, base, directories, named
-from vmm.errors import ConfigError, UsageError
+from vmm.errors import ConfigError, HostError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,21 @@ def test_names(runtime: Path) -> None:
     (base() / ".not-a-vm").mkdir()
     (base() / "two").mkdir()
     assert [each.name for each in directories()] == ["two"]
+
+
+def test_a_runtime_directory_that_is_not_there_is_not_invented(
+    monkeypatch: pytest.MonkeyPatch, runtime: Path
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime / "none"))
+    with pytest.raises(HostError, match=rf"^{runtime}/none/vmm cannot be made: No such file or directory; "):
+        base()
+    assert not (runtime / "none").exists()
+
+
+def test_a_file_is_in_the_way(runtime: Path) -> None:
+    (runtime / "vmm").touch()
+    with pytest.raises(HostError, match=rf"^{runtime}/vmm cannot be made: File exists; "):
+        base()
 
 
 def test_without_a_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:

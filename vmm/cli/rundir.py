@@ -19,15 +19,20 @@ from vmm.sandbox import Access, Grant
 
 
 def base() -> Path:
-    """The private directory of this user's VMs, made if needed. Raises HostError where it is not private."""
+    """The private directory of this user's VMs, made if needed. Raises HostError where it cannot be or is not
+    private.
+    """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(runtime) / "vmm" if runtime else Path("/tmp") / f"vmm-{os.geteuid()}"
     return _private(path)
 
 
 def _private(path: Path) -> Path:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.lstat()
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        info = path.lstat()
+    except OSError as error:
+        raise HostError(f"{path} cannot be made: {error.strerror}; set XDG_RUNTIME_DIR to another") from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
         raise HostError(f"{path} is not a private directory of this user; remove it or set XDG_RUNTIME_DIR")
     return path

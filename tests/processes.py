@@ -170,6 +170,7 @@ class Spawn:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.root = ROOT  # the `vmm` that is run
         self.spawned: list[Spawned] = []
 
     def __call__(
@@ -190,8 +191,9 @@ class Spawn:
         return process
 
     def vmm(self, *arguments: str | Path, env: Mapping[str, str] | None = None) -> Spawned:
-        """Start `vmm` with these arguments, from the code under test."""
-        return self(sys.executable, "-c", RUN_VMM, *arguments, env={"PYTHONPATH": str(ROOT), **(env or {})})
+        """Start `vmm` with these arguments: the code under test, unless `root` says otherwise."""
+        env = {"PYTHONPATH": str(self.root), **(env or {})}
+        return self(sys.executable, "-c", RUN_VMM, *arguments, env=env)
 
     def end_all(self) -> None:
         """End every process, the last one first."""

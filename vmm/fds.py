@@ -10,13 +10,15 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmm.errors import StateError, VmmError
+from vmm.sockets import check_peer
 
 RAM_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -53,7 +55,6 @@ EXPECTED_KINDS: dict[str, frozenset[FdKind]] = {
     "kvm-stats": frozenset({FdKind.KVM_STATS}),
     "fresh": frozenset({FdKind.MEMFD}),
     "irqfd": frozenset({FdKind.EVENTFD}),
-    "kvm": frozenset({FdKind.CHARACTER}),
     "image": frozenset({FdKind.FILE}),
     "keeper": frozenset({FdKind.SOCKET}),
     "kvm-slots": frozenset({FdKind.MEMFD}),
@@ -63,6 +64,22 @@ EXPECTED_KINDS: dict[str, frozenset[FdKind]] = {
     "serial-out": STREAMS,
     "serial-listen": frozenset({FdKind.SOCKET}),
     "qmp": frozenset({FdKind.SOCKET}),
+}
+
+
+class SocketKind(NamedTuple):
+    """What a UNIX socket has to be. `ours`: its peer has to be this user or root."""
+
+    type: socket.SocketKind
+    listens: bool
+    ours: bool
+
+
+# Where the name says which socket it is. A stream may be any, such as one that was the first VMM's stdin.
+EXPECTED_SOCKETS: dict[str, SocketKind] = {
+    "keeper": SocketKind(socket.SOCK_SEQPACKET, listens=False, ours=True),
+    "serial-listen": SocketKind(socket.SOCK_STREAM, listens=True, ours=False),
+    "qmp": SocketKind(socket.SOCK_STREAM, listens=False, ours=False),  # looked at when it is served
 }
 
 
@@ -133,7 +150,23 @@ def check_received(name: str, index: int, fd: int, size: int | None = None) -> F
         raise StateError(f"fd {name}/{index} is not sealed against shrinking and growing; refused")
     if identity.kind in SIZED and size is not None and identity.size != size:
         raise StateError(f"fd {name}/{index} has {identity.size} bytes where {size} were expected; refused")
+    if name in EXPECTED_SOCKETS:
+        _check_socket(f"fd {name}/{index}", fd, EXPECTED_SOCKETS[name])
     return identity
+
+
+def _check_socket(what: str, fd: int, expected: SocketKind) -> None:
+    """Raises StateError, PeerError."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        listens = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        if (sock.family, sock.type, listens) != (socket.AF_UNIX, expected.type, expected.listens):
+            raise StateError(
+                f"{what} is a socket of family {int(sock.family)}, type {int(sock.type)}, "
+                f"{'' if listens else 'not '}listening, where a UNIX socket of type {int(expected.type)}, "
+                f"{'' if expected.listens else 'not '}listening, was expected; refused"
+            )
+        if expected.ours:
+            check_peer(sock, what)
 
 
 def sealed_memfd(name: str, size: int, flags: int = 0) -> int:
@@ -165,6 +198,7 @@ class FdStore:
 
     def __init__(self) -> None:
         self._fds: dict[tuple[str, int], int] = {}
+        self._unasked: set[tuple[str, int]] = set()
         self.vault: Vault | None = None
 
     def __len__(self) -> int:
@@ -185,6 +219,7 @@ class FdStore:
 
     def find(self, name: str, index: int = 0) -> int | None:
         """The fd of that name, or None."""
+        self._unasked.discard((name, index))
         return self._fds.get((name, index))
 
     def get(self, name: str, index: int = 0) -> int:
@@ -201,6 +236,7 @@ class FdStore:
 
     def take(self, name: str, index: int = 0) -> int | None:
         """Give up ownership of that fd without closing it; None where there is none."""
+        self._unasked.discard((name, index))
         fd = self._fds.pop((name, index), None)
         if fd is not None and self.vault is not None:
             self.vault.drop(name, index)
@@ -211,6 +247,14 @@ class FdStore:
         fd = self.take(name, index)
         if fd is not None:
             os.close(fd)
+
+    def received(self) -> None:
+        """All that is here came from another VMM: `unasked` tells from now on what no part wants of it."""
+        self._unasked = set(self._fds)
+
+    def unasked(self) -> list[tuple[str, int]]:
+        """`(name, id)` of what was received and nobody has asked for yet."""
+        return sorted(self._unasked)
 
     def deposit(self, vault: Vault) -> None:
         """Have `vault` hold everything that is here and all that changes from here on."""

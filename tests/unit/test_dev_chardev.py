@@ -18,12 +18,21 @@ from pathlib import Path
 
 import pytest
 
-from vmm.devices.chardev import CharDevice, CharKind, CharSpec, open_chardev, parse_serial
+from vmm.devices.chardev import (
+    CharDevice,
+    CharKind,
+    CharSpec,
+    needed_fds,
+    open_chardev,
+    open_fds,
+    parse_serial,
+)
 from vmm.devices.chardev.unix import BUSY, STRANGER
 from vmm.devices.serial import Serial
-from vmm.errors import ConfigError, HostError, StateError, VmmError
+from vmm.errors import ConfigError, HostError, PeerError, StateError, VmmError
 from vmm.fds import FdStore
 from vmm.irq import UnconnectedIrq
+from vmm.sockets import listen
 from vmm.state import Arena
 
 NOBODY = 65534
@@ -476,6 +485,18 @@ def test_terminal_that_vanished(host: Host, caplog: pytest.LogCaptureFixture) ->
     assert "the terminal's mode is not restored" in caplog.text
 
 
+# --- what a guest has to bring ---
+
+
+@pytest.mark.parametrize("spec", ["stdio", "file:{}/f", "unix:{}/u", "pty", "null"])
+def test_what_is_needed_is_what_is_opened(host: Host, tmp_socket_dir: Path, spec: str) -> None:
+    before = {(name, index) for name, index, _ in host.fds.items()}
+    chardev = parse_serial(spec.format(tmp_socket_dir))
+    open_fds(chardev, host.fds)
+    opened = {(name, index) for name, index, _ in host.fds.items()} - before
+    assert set(needed_fds(chardev)) == opened
+
+
 # --- unix ---
 
 
@@ -583,6 +604,39 @@ def test_unix_path(host: Host, path: Path, loop: Loop) -> None:
     other.end()
     front.chardev.close()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("victim", ["socket", "file", "nothing"])
+def test_unix_path_that_is_another_ones_is_not_removed(host: Host, path: Path, victim: str) -> None:
+    """The VMM that sent the socket named the path, too."""
+    named = path.with_name("victim")
+    if victim == "socket":
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(named))
+    elif victim == "file":
+        named.write_text("precious")
+    host.fds.add("serial-listen", 0, listen(str(path), "test").detach())
+    host.open(f"unix:{named}").chardev.close()
+    assert named.exists() == (victim != "nothing")
+    assert path.exists()
+
+
+def test_unix_path_that_is_no_socket_any_more_is_not_removed(host: Host, path: Path) -> None:
+    front = host.open(f"unix:{path}")
+    path.unlink()
+    path.write_text("precious")
+    front.chardev.close()
+    assert path.read_text() == "precious"
+
+
+def test_unix_client_that_came_with_the_guest_is_ours(
+    host: Host, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    host.fds.add("serial", 0, ours.detach())
+    monkeypatch.setattr("vmm.sockets.peer", lambda _: (7, 1001))
+    with theirs, pytest.raises(PeerError, match="fd serial/0: the peer, process 7, is uid 1001"):
+        host.open(f"unix:{path}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

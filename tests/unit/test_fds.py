@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm.errors import StateError, VmmError
+from vmm.errors import PeerError, StateError, VmmError
 from vmm.fds import RAM_SEALS, FdKind, FdStore, check_received, identify, sealed_memfd
 
 KVM_CREATE_VM = 0xAE01  # linux/kvm.h
@@ -180,3 +180,65 @@ def test_store_names(fds: FdStore) -> None:
         fds.get("qmp", 1)
     with tempfile.TemporaryFile() as other, pytest.raises(VmmError, match="fd qmp/0 exists already"):
         fds.add("qmp", 0, other.fileno())
+
+
+# --- sockets ---
+
+
+def listening() -> int:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind("")  # a name of the kernel's choosing: unix(7), autobind
+    sock.listen()
+    return sock.detach()
+
+
+def pair_of(family: socket.AddressFamily, kind: socket.SocketKind) -> int:
+    ours, theirs = socket.socketpair(family, kind)
+    theirs.close()
+    return ours.detach()
+
+
+SOCKET_OPENERS: dict[str, Callable[[], int]] = {
+    "stream": lambda: pair_of(socket.AF_UNIX, socket.SOCK_STREAM),
+    "seqpacket": lambda: pair_of(socket.AF_UNIX, socket.SOCK_SEQPACKET),
+    "datagram": lambda: pair_of(socket.AF_UNIX, socket.SOCK_DGRAM),
+    "listening": listening,
+    "internet": lambda: socket.socket(socket.AF_INET).detach(),
+}
+RIGHT = {"keeper": "seqpacket", "serial-listen": "listening", "qmp": "stream"}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("kind", SOCKET_OPENERS)
+def test_a_socket_is_the_one_that_its_name_says(fds: FdStore, name: str, kind: str) -> None:
+    fd = fds.add(name, 0, SOCKET_OPENERS[kind]())
+    if RIGHT[name] == kind:
+        assert check_received(name, 0, fd).kind is FdKind.SOCKET
+    else:
+        with pytest.raises(StateError, match=f"fd {name}/0 is a socket of family .* was expected; refused"):
+            check_received(name, 0, fd)
+
+
+def test_a_keeper_is_of_our_user(fds: FdStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = fds.add("keeper", 0, SOCKET_OPENERS["seqpacket"]())
+    monkeypatch.setattr("vmm.sockets.peer", lambda _: (7, 1001))
+    with pytest.raises(PeerError, match="fd keeper/0: the peer, process 7, is uid 1001"):
+        check_received("keeper", 0, fd)
+
+
+# --- what nobody wants ---
+
+
+def test_what_was_received_and_not_asked_for(fds: FdStore) -> None:
+    for name, index in (("ram", 0), ("ram", 1), ("serial", 5), ("vm", 0), ("image", 0)):
+        fds.add(name, index, os.eventfd(0))
+    assert fds.unasked() == []
+    fds.received()
+    fds.get("ram")
+    assert fds.find("serial") is None
+    os.close(fds.take("vm") or -1)
+    fds.get_or_open("image", 0, lambda: os.eventfd(0))
+    fds.get_or_open("irqfd", 0, lambda: os.eventfd(0))
+    assert fds.unasked() == [("ram", 1), ("serial", 5)]
+    fds.remove("serial", 5)
+    assert fds.unasked() == [("ram", 1)]

@@ -370,6 +370,7 @@ class LiveIncoming:
                 if self.fds.find(entry.name, entry.id) is not None:
                     raise StateError(f"fd {entry.name}/{entry.id} came twice")
                 self.fds.add(entry.name, entry.id, fds.pop(0))
+            self.fds.received()
         finally:
             _close_all(fds)
         self._offer = offer

@@ -20,7 +20,16 @@ from vmm.errors import ConfigError
 from vmm.fds import FdStore
 from vmm.state import Arena
 
-__all__ = ["CharDevice", "CharKind", "CharSpec", "Reactor", "open_chardev", "open_fds", "parse_serial"]
+__all__ = [
+    "CharDevice",
+    "CharKind",
+    "CharSpec",
+    "Reactor",
+    "needed_fds",
+    "open_chardev",
+    "open_fds",
+    "parse_serial",
+]
 
 PRIVATE = 0o600  # a console's log may hold secrets
 
@@ -60,6 +69,21 @@ def open_fds(spec: CharSpec, fds: FdStore, index: int = 0) -> None:
             pty.master(fds, index)
         case CharKind.NULL:
             return
+
+
+def needed_fds(spec: CharSpec, index: int = 0) -> tuple[tuple[str, int], ...]:
+    """`(name, id)` of the fds that `open_fds` opens: a guest that comes from another VMM brings them."""
+    match spec.kind:
+        case CharKind.STDIO:
+            return ("serial", index), ("serial-out", index)
+        case CharKind.FILE:
+            return (("serial-out", index),)
+        case CharKind.UNIX:
+            return (("serial-listen", index),)
+        case CharKind.PTY:
+            return (("serial", index),)
+        case CharKind.NULL:
+            return ()
 
 
 def _sink(fds: FdStore, index: int, path: str) -> int:

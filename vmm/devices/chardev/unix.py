@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import socket
+import stat
 
 from vmm.devices.chardev.interface import Reactor
 from vmm.devices.chardev.stream import Phase, Stream
@@ -29,7 +30,10 @@ class UnixServer(Stream):
     """Fd `serial-listen/N` and, while there is a client, `serial/N`; changed on the loop's thread only."""
 
     def __init__(self, reactor: Reactor, fds: FdStore, index: int, path: str) -> None:
-        """Listen at `path`, or go on with the received socket and client. ConfigError for a bad path."""
+        """Listen at `path`, or go on with the received socket and client.
+
+        Raises ConfigError for a bad path, PeerError for a received client of another user.
+        """
         self._fds = fds
         self._index = index
         self._path = path
@@ -37,17 +41,27 @@ class UnixServer(Stream):
         self._watched_listener = False
         self._deaf = False
         client = fds.find("serial", index)
+        if client is not None:
+            with socket.socket(fileno=os.dup(client)) as sock:
+                check_peer(sock, f"fd serial/{index}")
         super().__init__(f"unix:{path}", reactor, client, client)
 
     def _tidy(self) -> None:
         try:
-            os.unlink(self._path)
+            if self._is_at_path():
+                os.unlink(self._path)
         except FileNotFoundError:
             log.debug("%s: was removed before", self.label)
         except PermissionError:  # it came with the guest, from a VMM that could reach it
             log.warning(
                 "%s: its socket lies where the sandbox lets nothing be removed; remove it", self.label
             )
+
+    def _is_at_path(self) -> bool:
+        """Whether the path is the socket's: a VMM that sent the one may have named any for the other."""
+        with socket.socket(fileno=os.dup(self._listener)) as listener:
+            name = listener.getsockname()
+        return bool(name == self._path) and stat.S_ISSOCK(os.lstat(self._path).st_mode)
 
     def _sync(self) -> None:
         super()._sync()

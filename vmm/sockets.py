@@ -79,3 +79,16 @@ def check_peer(sock: socket.socket, what: str) -> int:
             f"{what}: the peer, process {pid}, is uid {uid}; only uid {os.geteuid()} and root may connect"
         )
     return pid
+
+
+def check_server(sock: socket.socket, what: str) -> int:
+    """The pid of who listens where we connected. Raises PeerError where that is another user, who could be
+    told what is not his: root is served by all, and root asks all.
+    """
+    pid, uid = peer(sock)
+    if uid not in (os.geteuid(), 0) and os.geteuid() != 0:
+        raise PeerError(
+            f"{what}: process {pid}, which listens there, is uid {uid}; only uid {os.geteuid()} and root are "
+            "spoken to"
+        )
+    return pid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import socket
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 
 import vmm
 from tests.unit.qmp_backend import RecordingBackend, ServerThread
+from vmm import sockets
 from vmm.errors import PeerError
 from vmm.qmp.backend import QmpError
 from vmm.qmp.client import Event, QmpClient
+from vmm.sockets import listen
 
 GREETING = b'{"QMP": {"version": {"package": "test"}, "capabilities": []}}\r\n'
 READY = GREETING + b'{"return": {}, "id": 1}\r\n'
@@ -175,3 +178,15 @@ def test_importing_it_is_light(heavy: str) -> None:
     root = Path(vmm.__file__).parent.parent
     ended = subprocess.run([sys.executable, "-S", "-c", code], cwd=root, check=False)
     assert ended.returncode == 0
+
+
+def test_a_strangers_monitor_is_told_nothing(tmp_socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_socket_dir / "qmp.sock"
+    with listen(str(path), "test") as stranger:
+        monkeypatch.setattr(sockets, "peer", lambda _: (7, 1001))
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        with pytest.raises(PeerError, match=f"QMP at {path}: process 7, which listens there, is uid 1001"):
+            QmpClient.connect(path)
+        connection, _ = stranger.accept()
+        with connection:
+            assert connection.recv(1) == b""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from vmm import sockets
 from vmm.errors import ConfigError, PeerError
-from vmm.sockets import check_peer, listen, peer
+from vmm.sockets import check_peer, check_server, listen, peer
 
 
 @pytest.fixture
@@ -106,3 +107,20 @@ def test_another_user_is_refused(tmp_socket_dir: Path, path: str) -> None:
             with pytest.raises(PeerError, match="is uid 65534; only uid 0 and root may connect"):
                 check_peer(sock, "test")
         os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "spoken_to"),
+    [(1000, 1000, True), (1000, 0, True), (0, 1000, True), (1000, 1001, False)],
+)
+def test_who_may_listen_where_we_connect(
+    monkeypatch: pytest.MonkeyPatch, ours: int, theirs: int, spoken_to: bool
+) -> None:
+    monkeypatch.setattr(sockets, "peer", lambda _: (7, theirs))
+    monkeypatch.setattr(os, "geteuid", lambda: ours)
+    with socket.socket(socket.AF_UNIX) as sock:
+        if spoken_to:
+            assert check_server(sock, "test") == 7
+        else:
+            with pytest.raises(PeerError, match="test: process 7, which listens there, is uid 1001"):
+                check_server(sock, "test")

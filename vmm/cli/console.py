@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vmm.errors import HostError, PeerError, UsageError
+from vmm.sockets import check_server
 
 LEAVE = b"\x1d"  # Ctrl-]
 CHUNK = 4096
@@ -41,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             console.connect(str(directory.console))
         except OSError as error:
             raise PeerError(f"cannot connect to {directory.console}: {error.strerror}") from error
+        check_server(console, f"console {directory.console}")
         stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
         if os.isatty(stdin):
             print("connected; Ctrl-] leaves\r", file=sys.stderr)

@@ -17,7 +17,7 @@ from vmm.errors import PeerError
 from vmm.qmp.backend import QmpError
 from vmm.qmp.framing import JsonStream, Limits
 from vmm.qmp.parser import JsonError
-from vmm.sockets import peer
+from vmm.sockets import check_server, peer
 
 _LIMITS = Limits(value_bytes=1 << 26, tokens=1 << 21)  # QEMU's own; replies are larger than requests
 _RECEIVE_BYTES = 1 << 18
@@ -54,7 +54,10 @@ class QmpClient:
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], timeout: float = 5.0) -> QmpClient:
-        """Connect to the UNIX socket at `path`. `timeout` (seconds) is for this and the default elsewhere."""
+        """Connect to the UNIX socket at `path`. `timeout` (seconds) is for this and the default elsewhere.
+
+        Raises PeerError where nobody of ours listens there.
+        """
         where = os.fspath(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(timeout)
@@ -63,6 +66,11 @@ class QmpClient:
         except OSError as error:  # TimeoutError is one
             sock.close()
             raise PeerError(f"QMP at {where}: {error.strerror or error}; is the VMM running?") from error
+        try:
+            check_server(sock, f"QMP at {where}")
+        except BaseException:
+            sock.close()
+            raise
         return cls(sock, where, timeout)
 
     def __enter__(self) -> QmpClient:

@@ -193,7 +193,7 @@ class Spawn:
     def vmm(self, *arguments: str | Path, env: Mapping[str, str] | None = None) -> Spawned:
         """Start `vmm` with these arguments: the code under test, unless `root` says otherwise."""
         env = {"PYTHONPATH": str(self.root), **(env or {})}
-        return self(sys.executable, "-c", RUN_VMM, *arguments, env=env)
+        return self(sys.executable, "-P", "-c", RUN_VMM, *arguments, env=env)
 
     def end_all(self) -> None:
         """End every process, the last one first."""

@@ -38,7 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         one = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name == verb:
             importlib.import_module(module).add_arguments(one)
-    arguments = parser.parse_args(given)
+    arguments, left = parser.parse_known_args(given)
+    if left and (arguments.verb != "run" or any(word.startswith("-") for word in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:  # argparse takes positional ones only where they stand together
+        arguments.inputs += left
     return _guarded(VERBS[arguments.verb][0], arguments)
 
 

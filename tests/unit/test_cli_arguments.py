@@ -7,11 +7,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+import vmm.process
 from vmm.cli import main
 from vmm.cli.ctl import command_arguments
 from vmm.errors import UsageError
+from vmm.machine.config import MachineConfig, differences
+from vmm.process import Options
+from vmm.units import MIB
 
 LONG = "x" * 120
 
@@ -34,6 +39,9 @@ def fails(capsys: pytest.CaptureFixture[str], status: int, *words: str) -> str:
 
 CONFIG = {
     "a value of the wrong type": ('cpus = "two"', "expected `int`, got `str`"),
+    "a name of the wrong type": ("name = 5", "expected `str | null`, got `int` - at `$.name`"),
+    "a serial line of the wrong type": ("serial = 5", "expected `str`, got `int` - at `$.serial`"),
+    "a serial line of a VM with a name": ('name = "a"\nserial = 5', "expected `str`, got `int`"),
     "a key that is none": ("colour = 3", "unknown field `colour`"),
     "no TOML": ("cpus = = 2", "not a TOML file"),
     "no UTF-8": (b"\xff\xfe", "not a TOML file"),
@@ -48,12 +56,73 @@ CONFIG = {
 }
 
 
+INCOMING = (
+    "--incoming=unix:/no/main",
+    "--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path=/no/cpr",
+)
+
+
+@pytest.mark.parametrize("more", [("ticker",), INCOMING], ids=["a new guest", "one that is handed over"])
 @pytest.mark.parametrize("case", CONFIG)
-def test_configuration_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, case: str) -> None:
+def test_configuration_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, case: str, more: tuple[str, ...]
+) -> None:
     content, expected = CONFIG[case]
     path = tmp_path / "vm.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert expected in fails(capsys, 4, "run", str(path), "ticker")
+    assert expected in fails(capsys, 4, "run", str(path), *more)
+
+
+@pytest.fixture
+def options(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
+    """What VMM processes would be started with."""
+    seen: list[Options] = []
+
+    class NoProcess:
+        def __init__(self, options: Options) -> None:
+            seen.append(options)
+
+        def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr(vmm.process, "VmmProcess", NoProcess)
+    return seen
+
+
+def test_a_configuration_file_is_compared_with_the_machine_that_comes(
+    options: list[Options], tmp_path: Path, runtime: Path
+) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text('name = "one"\nkernel = "ticker"\nmemory = "64M"\nserial = "unix"\nkeeper = false\n')
+    assert main(["run", str(path), *INCOMING]) == 0
+    [started] = options
+    assert started.keeper is False
+    console = f"unix:{runtime}/vmm/one/console.sock"
+    machine = MachineConfig(name="one", kernel="ticker", memory=64 * MIB, serial=console, cpus=2)
+    assert differences(started.given, machine) == []
+    assert differences(started.given, msgspec.structs.replace(machine, memory=32 * MIB)) == [
+        f"memory: {64 * MIB} was given here, the running machine has {32 * MIB}"
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["CONFIG", "hello64", "--cpus=3"],
+        ["CONFIG", "--cpus=3", "hello64"],
+        ["CONFIG", "--cpus", "3", "hello64"],
+        ["--cpus=3", "CONFIG", "--serial=null", "hello64"],
+    ],
+)
+def test_options_may_stand_between_file_and_kernel(
+    options: list[Options], tmp_path: Path, words: list[str]
+) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text('kernel = "ticker"\nmemory = "64M"\ncpus = 2\n')
+    assert main(["run", *(str(path) if word == "CONFIG" else word for word in words)]) == 0
+    [started] = options
+    assert started.given["kernel"] == "hello64"
+    assert (started.given["cpus"], started.given["memory"]) == (3, 64 * MIB)
 
 
 def test_a_configuration_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +143,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
         "a socket address holds 1 to 107",
     ),
     "two kernels": (["ticker", "hello64"], 2, "one kernel at most"),
+    "two kernels with an option between": (["ticker", "--cpus=1", "hello64"], 2, "one kernel at most"),
     "only one channel": (["--incoming=unix:/tmp/m"], 4, "missing 'cpr' channel"),
     "only the other": (
         ["--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path=/tmp/c"],
@@ -106,6 +176,8 @@ def test_options_of_run(capsys: pytest.CaptureFixture[str], case: str) -> None:
         (["run", "ticker", "--cpus=two"], "invalid int value"),
         (["run", "ticker", "--irqchip=abacus"], "invalid choice"),
         (["run", "ticker", "--entry-mode=sideways"], "invalid choice"),
+        (["run", "ticker", "--cpsu", "2"], "unrecognized arguments: --cpsu 2"),
+        (["list", "one"], "unrecognized arguments: one"),
         (["fly"], "invalid choice"),
         ([], "required"),
         (["demo", "--guest=windows"], "invalid choice"),

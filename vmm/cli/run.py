@@ -126,6 +126,16 @@ def given_values(arguments: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def checked(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as a machine's configuration has them, sizes as numbers. Raises ConfigError."""
+    from vmm.machine.config import from_mapping
+
+    # the serial line of a named VM may be `unix`: its directory, which is none of the machine's, has the path
+    named = values.get("name") is not None and values.get("serial") == "unix"
+    config = from_mapping({**values, "serial": "null"} if named else values, "configuration")
+    return {key: values[key] if key == "serial" else getattr(config, key) for key in values}
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the process to its end; returns its exit status."""
     start_logging(arguments.verbose)
@@ -137,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
     keeper = _process_option(values, arguments, "keeper", bool, True)
     orphan_timeout_s = _process_option(values, arguments, "orphan_timeout", float, 0.0)
     restart = _process_option(values, arguments, "restart", str, "never")
+    values = checked(values)
     incoming = _incoming(arguments.incoming) if arguments.incoming else None
     paths = [qmp_path(text) for text in arguments.qmp]
     options = Options(

@@ -29,7 +29,8 @@ from vmm.fds import FdStore
 from vmm.trace import Tracer
 
 DEADLINES = Timeouts(setup_s=1.0, prepare_s=0.15, commit_s=0.15)
-MAIN_DELAY_S = 0.2  # longer than both
+PATIENT = Timeouts(setup_s=10.0, prepare_s=10.0, commit_s=2.0)  # on a loaded machine, too
+MAIN_DELAY_S = 0.2  # longer than the short ones
 JOIN_S = 20.0
 BOTH_WAYS = ("to new", "to old")
 
@@ -214,6 +215,7 @@ def open_fds() -> list[str]:
 @contextmanager
 def hand_over(
     tamperings: list[Tampering],
+    deadlines: Timeouts,
 ) -> Iterator[tuple[outgoing.Phase | None, incoming.Phase | None, Guest]]:
     """A handover under `tamperings`: the phase that each side ends in (None: it raised), and the guest."""
     guest = Guest()
@@ -231,7 +233,7 @@ def hand_over(
             cpr_path=str(folder / "cpr-new"),
             main_path=str(folder / "main-new"),
             build=build,
-            timeouts=lambda: DEADLINES,
+            timeouts=lambda: deadlines,
             tracer=Tracer("new"),
             on_phase=lambda phase, error: None,
         )
@@ -244,7 +246,7 @@ def hand_over(
             token,
             cpr_path=str(folder / "cpr-old"),
             main_path=str(folder / "main-old"),
-            timeouts=DEADLINES,
+            timeouts=deadlines,
             tracer=Tracer("old"),
             report=Report("cpr-transfer"),
             on_phase=lambda phase, error: None,
@@ -255,7 +257,7 @@ def hand_over(
         old.connect_cpr()
         here = run(outgoing.outgoing(old))
         old.close()
-        thread.join(DEADLINES.setup_s * 2)
+        thread.join(deadlines.setup_s * 2)
         if thread.is_alive():  # it was never connected to: only its operator can end that
             new.cancel.set("the test ends")
             thread.join(JOIN_S)
@@ -266,10 +268,12 @@ def hand_over(
         new.fds.close()
 
 
-def check(tamperings: list[Tampering]) -> tuple[outgoing.Phase | None, incoming.Phase | None]:
+def check(
+    tamperings: list[Tampering], deadlines: Timeouts = DEADLINES
+) -> tuple[outgoing.Phase | None, incoming.Phase | None]:
     """Hand over, and hold what was found against the rules."""
     before = open_fds()
-    with hand_over(tamperings) as (here, there, guest):
+    with hand_over(tamperings, deadlines) as (here, there, guest):
         assert guest.wrong == []
         assert guest.where is not None, "the guest is nowhere"
         assert there is (incoming.Phase.COMPLETED if guest.where == "new" else incoming.Phase.FAILED)
@@ -288,7 +292,7 @@ def test_whatever_the_wire_does_the_guest_is_in_one_place(tamperings: list[Tampe
 
 
 def test_a_wire_that_does_nothing() -> None:
-    assert check([]) == (outgoing.Phase.COMPLETED, incoming.Phase.COMPLETED)
+    assert check([], PATIENT) == (outgoing.Phase.COMPLETED, incoming.Phase.COMPLETED)
 
 
 def test_a_commit_that_is_lost() -> None:
@@ -299,5 +303,5 @@ def test_a_commit_that_is_lost() -> None:
 
 def test_a_confirmation_that_is_lost() -> None:
     """The old VMM finds the token taken."""
-    here, there = check([Tampering("main", "to old", "cut", 36)])  # just behind Prepared
+    here, there = check([Tampering("main", "to old", "cut", 36)], PATIENT)  # just behind Prepared
     assert (here, there) == (outgoing.Phase.COMPLETED, incoming.Phase.COMPLETED)

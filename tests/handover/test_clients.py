@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.handover.stage import Stage
 from vmm.qmp.client import QmpClient
 
 pytestmark = pytest.mark.kvm
@@ -80,3 +83,60 @@ def test_the_new_vmm_is_told_before_the_guest_comes_how_it_is_to_arrive(
             assert own.execute("query-status") == {"status": "running", "running": True}
             operator.execute("quit")
             own.execute("quit")
+
+
+HALF_A_REQUEST = b'{"execute": "%s' % (b"x" * 46_000)
+
+
+def test_a_hundred_silent_clients_keep_nobody_out(stage: Stage) -> None:
+    """The guest ticks on, an operator gets in, and a handover is possible."""
+    old = stage.start()
+    stage.hear()
+    with ExitStack() as open_ones:
+        for _ in range(100):
+            sock = open_ones.enter_context(socket.socket(socket.AF_UNIX))
+            sock.settimeout(10)
+            sock.connect(str(old.monitor))
+            time.sleep(0.005)  # the backlog has room for a few
+        stage.hear()
+        operator = open_ones.enter_context(QmpClient.connect(old.monitor, 10))
+        assert operator.execute("query-status") == {"status": "running", "running": True}
+        new = stage.await_guest()
+        operator.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
+        operator.execute("migrate", {"channels": new.channels})
+        assert stage.outcome(old)["status"] == "completed"
+        stage.hear()
+
+
+def test_more_under_way_than_a_farewell_takes(stage: Stage) -> None:
+    """Fourteen half-sent requests: who fits moves, who does not stays, and the handover is confirmed."""
+    old = stage.start()
+    with ExitStack() as open_ones:
+        clients = [open_ones.enter_context(QmpClient.connect(old.monitor, 10)) for _ in range(14)]
+        for client in clients:
+            client._socket.sendall(HALF_A_REQUEST)
+        time.sleep(0.5)  # until the monitor has read it
+        new = stage.await_guest()
+        start = time.monotonic()
+        outcome = stage.migrate(old, new)
+        assert outcome["status"] == "completed"
+        assert "error-desc" not in outcome
+        assert time.monotonic() - start < 4.0
+        stage.hear()
+        where = []
+        for client in clients:
+            client._socket.sendall(b'"}')
+            assert b"CommandNotFound" in _answer(client)
+            where.append(client.execute("query-status")["status"])
+        assert set(where) == {"running", "postmigrate"}
+        assert where.count("running") >= 5
+
+
+def _answer(client: QmpClient) -> bytes:
+    """Up to the reply to what was sent half before; events may come first."""
+    said = b""
+    while b'"error"' not in said or not said.endswith(b"\r\n"):
+        part = client._socket.recv(1 << 16)
+        assert part, "the connection was closed"
+        said += part
+    return said

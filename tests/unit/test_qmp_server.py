@@ -196,6 +196,24 @@ def test_there_is_a_last_client(
         assert first.ask({"execute": "query-name"}) == {"return": {"name": "guest"}}
 
 
+def test_who_says_nothing_makes_room(
+    monitor: ServerThread, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The oldest first; not one who has negotiated."""
+    monkeypatch.setattr(server_module, "CLIENTS_MAX", 3)
+    with Raw.connect(path) as busy, Raw.connect(path) as silent, Raw.connect(path) as late:
+        busy.negotiate()
+        assert "QMP" in silent.receive()
+        assert "QMP" in late.receive()
+        with Raw.connect(path) as operator:
+            operator.negotiate()
+            assert silent.receive() is None
+            assert "no room for another client" in caplog.text
+            late.ask({"execute": "qmp_capabilities"})
+            assert busy.ask({"execute": "query-name"}) == {"return": {"name": "guest"}}
+            assert late.ask({"execute": "query-name"}) == {"return": {"name": "guest"}}
+
+
 def test_out_of_fds_the_listener_rests(
     monitor: ServerThread, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -256,7 +256,7 @@ def test_set_parameters_passes_on_what_is_given(session: Session, backend: Recor
         assert backend.calls.pop() == ("set_migration_parameters", values)
 
 
-TIMEOUT = "an integer in the range of 1 to 3600000 ms"
+SETUP, PREPARE, COMMIT = (f"an integer in the range of {least} to 3600000 ms" for least in (100, 10, 500))
 
 
 @pytest.mark.parametrize(
@@ -269,9 +269,12 @@ TIMEOUT = "an integer in the range of 1 to 3600000 ms"
         ({"nosuch": 1}, "Parameter 'nosuch' is unexpected"),
         ({"mode": "cpr-transfer", "extra": True}, "Parameter 'extra' is unexpected"),
         ({"nosuch": 1, "mode": 3}, "Invalid parameter type for 'mode', expected: string"),
-        ({"x-vmm-setup-timeout": 0}, f"Parameter 'x-vmm-setup-timeout' expects {TIMEOUT}"),
-        ({"x-vmm-commit-timeout": 3_600_001}, f"Parameter 'x-vmm-commit-timeout' expects {TIMEOUT}"),
-        ({"x-vmm-prepare-timeout": "1"}, f"Parameter 'x-vmm-prepare-timeout' expects {TIMEOUT}"),
+        ({"x-vmm-setup-timeout": 0}, f"Parameter 'x-vmm-setup-timeout' expects {SETUP}"),
+        ({"x-vmm-setup-timeout": 99}, f"Parameter 'x-vmm-setup-timeout' expects {SETUP}"),
+        ({"x-vmm-commit-timeout": 3_600_001}, f"Parameter 'x-vmm-commit-timeout' expects {COMMIT}"),
+        ({"x-vmm-commit-timeout": 499}, f"Parameter 'x-vmm-commit-timeout' expects {COMMIT}"),
+        ({"x-vmm-prepare-timeout": "1"}, f"Parameter 'x-vmm-prepare-timeout' expects {PREPARE}"),
+        ({"x-vmm-prepare-timeout": 9}, f"Parameter 'x-vmm-prepare-timeout' expects {PREPARE}"),
     ],
 )
 def test_set_parameters_refuses_as_in_transcript_28(

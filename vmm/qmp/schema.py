@@ -17,7 +17,17 @@ from vmm.units import MIB
 READ_MEMORY_MAX = MIB
 
 _HOUR_MS = 3_600_000
-_Milliseconds = Annotated[int, Range(1, _HOUR_MS, f"an integer in the range of 1 to {_HOUR_MS} ms")]
+
+
+def _milliseconds(least: int) -> Range:
+    return Range(least, _HOUR_MS, f"an integer in the range of {least} to {_HOUR_MS} ms")
+
+
+# Shorter ones would end every handover, or, after the commit, not outlast a process that dies: the kernel
+# drops its locks when it has taken its memory and its VM apart.
+_SetupTimeout = Annotated[int, _milliseconds(100)]
+_PrepareTimeout = Annotated[int, _milliseconds(10)]
+_CommitTimeout = Annotated[int, _milliseconds(500)]
 _ReadSize = Annotated[int, Range(1, READ_MEMORY_MAX, f"an integer in the range of 1 to {READ_MEMORY_MAX}")]
 
 
@@ -144,9 +154,9 @@ class MigrationParameters(Arguments, frozen=True, omit_defaults=True):
     """Of `migrate-set-parameters`; only what is given is set."""
 
     mode: MigrationMode | None = None
-    x_vmm_setup_timeout: _Milliseconds | None = None
-    x_vmm_prepare_timeout: _Milliseconds | None = None
-    x_vmm_commit_timeout: _Milliseconds | None = None
+    x_vmm_setup_timeout: _SetupTimeout | None = None
+    x_vmm_prepare_timeout: _PrepareTimeout | None = None
+    x_vmm_commit_timeout: _CommitTimeout | None = None
 
 
 class MigrationCapability(StrEnum):

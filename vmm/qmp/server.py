@@ -3,8 +3,8 @@ process.
 
 Nothing here may block or grow without bound, whatever a client does: a client whose replies pile up is not
 read until it takes them, one that takes no events is dropped, a flood of requests takes turns with everything
-else on the loop. Only this user and root may connect, by SO_PEERCRED, and the socket file is 0600 from the
-moment it exists.
+else on the loop, and who connects and says nothing makes room for who comes later. Only this user and root
+may connect, by SO_PEERCRED, and the socket file is 0600 from the moment it exists.
 
 QEMU serves one client and lets others wait; here several are served at once, each command carried out whole.
 """
@@ -349,11 +349,20 @@ class QmpServer:
             return
         try:
             if len(self._connections) >= CLIENTS_MAX:
-                raise PeerError(f"QMP: {CLIENTS_MAX} clients are connected already")
+                self._make_room()
             self.serve_connection(sock)
         except PeerError as error:
             log.warning("%s", error)
             sock.close()
+
+    def _make_room(self) -> None:
+        """Drop who has been here longest without a word: it must not keep others out. Raises PeerError where
+        all have negotiated.
+        """
+        silent = next((each for each in self.connections if not each.negotiated and not each.in_turn), None)
+        if silent is None:
+            raise PeerError(f"QMP: {CLIENTS_MAX} clients are connected already")
+        silent.close("it has not negotiated yet, and there is no room for another client")
 
     def _accept_again(self, listener: socket.socket) -> None:
         if listener in self._listeners:

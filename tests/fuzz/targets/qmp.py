@@ -13,7 +13,7 @@ from vmm.qmp.session import Session
 SMALL = Limits(value_bytes=256, tokens=64, depth=6)
 DIALOGUE = b"""{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}
 {"execute": "query-status", "id": 1}{"exec-oob": "migrate_cancel"}
-{"execute": "migrate-set-parameters", "arguments": {"mode": "cpr-transfer", "x-vmm-setup-timeout": 5}}
+{"execute": "migrate-set-parameters", "arguments": {"mode": "cpr-transfer", "x-vmm-setup-timeout": 500}}
 {"execute": "migrate", "arguments": {"channels": [
   {"channel-type": "main", "addr": {"transport": "socket", "type": "unix", "path": "/m"}},
   {"channel-type": "cpr", "addr": {"transport": "socket", "type": "unix", "path": "/c"}}]}}

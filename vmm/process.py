@@ -27,8 +27,8 @@ from vmm.cpr import incoming, outgoing
 from vmm.cpr.live import Choice, IncomingMachine, LiveIncoming, LiveOutgoing, Timeouts, refusal, run
 from vmm.cpr.report import Report
 from vmm.cpr.token import RunToken
-from vmm.devices.chardev import CharKind, parse_serial
-from vmm.errors import GuestCrash, HandoverError, HostError, PeerError, VmmError
+from vmm.devices.chardev import CharKind, needed_fds, parse_serial
+from vmm.errors import GuestCrash, HandoverError, HostError, PeerError, StateError, VmmError
 from vmm.fds import FdStore
 from vmm.machine.config import MachineConfig, decode, differences, encode, kept_config
 from vmm.machine.host import HOST_DEVICES
@@ -45,7 +45,7 @@ from vmm.machine.ports import (
     start_keeper,
     take_keeper,
 )
-from vmm.machine.probe import WORKS, drop_old_vm, probe_received_vm
+from vmm.machine.probe import OLD_VM_FDS, WORKS, drop_old_vm, probe_received_vm
 from vmm.machine.runstate import RunState
 from vmm.memory import layout
 from vmm.memory.guest import FD_NAMES, GUEST_MEMFD
@@ -64,7 +64,10 @@ W = TypeVar("W", outgoing.OutgoingWorld, incoming.IncomingWorld)
 T = TypeVar("T")
 
 NAP_S = 0.01
-LOOP_ANSWER_S = 1.0
+LOOP_ANSWER_S = 1.0  # for the loop's thread to begin with something
+LOOP_FINISH_S = 5.0  # and to be done with it
+PER_VCPU = frozenset({"vcpu", "kvm-go", "kvm-done"})
+KEEPERS_FDS = PER_VCPU | {"kvm-slots"}
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that computes may keep the interpreter from one that wakes up
 
 
@@ -78,12 +81,37 @@ def _faulty(world: W) -> W:
 
 
 def _check_complete(config: MachineConfig, fds: FdStore) -> None:
-    """What did not come with a guest must not be made anew, and empty. Raises StateError that names it."""
+    """What did not come with a guest must not be made anew, and empty, or opened by a path that the other VMM
+    names. Raises StateError that names it.
+    """
     ram = FD_NAMES[config.memory_backend]
-    for name in ("state", "fresh", "token"):
+    for name in ("state", "fresh", "token", "image"):
         fds.get(name)
     for index in range(len(layout(config.memory))):
         fds.get(ram, index)
+    for name, index in needed_fds(parse_serial(config.serial)):
+        fds.get(name, index)
+
+
+def _check_keepers_fds(config: MachineConfig, fds: FdStore) -> None:
+    """What a keeper's VM is driven with is there, and no more of it. Raises StateError."""
+    wanted = {("kvm-slots", 0), *((name, index) for name in PER_VCPU for index in range(config.cpus))}
+    for name, index in sorted(wanted):
+        fds.get(name, index)
+    came = {(name, index) for name, index, _ in fds.items() if name in KEEPERS_FDS}
+    _refuse_surplus(sorted(came - wanted))
+
+
+def _surplus(fds: FdStore) -> list[tuple[str, int]]:
+    """What came, and no part of the machine that is built wants."""
+    fds.find("kvm-stats")  # wanted as soon as the monitor is asked which VM it is
+    return fds.unasked()
+
+
+def _refuse_surplus(rows: list[tuple[str, int]]) -> None:
+    if rows:
+        names = ", ".join(f"{name}/{index}" for name, index in rows)
+        raise StateError(f"the fd table has what this machine has no use for: {names}; refused")
 
 
 @dataclass(frozen=True)
@@ -281,6 +309,9 @@ class VmmProcess:
             time.sleep(NAP_S)
         self._machine.load()
         self._machine.resume(running=not self._machine.state.paused, after_crash=True)
+        for name, index in _surplus(self._fds):
+            log.warning("fd %s/%d came with the guest, and nothing here has a use for it; closed", name, index)
+            self._fds.remove(name, index)
         self._own()
 
     def _find_guest(self) -> Port:
@@ -289,6 +320,7 @@ class VmmProcess:
             fds = FdStore()
             port = find_keeper(path, fds)
             fds.get("state")
+            fds.received()
             if home_of(Arena.open(fds)) == port.identity:
                 self._fds = fds
                 return port
@@ -375,7 +407,9 @@ class VmmProcess:
             self._loop.call_soon_threadsafe(call, *arguments)
 
     def _on_loop(self, call: Callable[[], T]) -> T:
-        """What `call` returns on the loop's thread. Raises PeerError where the loop does not come to it."""
+        """What `call` returns on the loop's thread. Raises PeerError where the loop does not come to it, or
+        not to its end.
+        """
         future: Future[T] = Future()
 
         def answer() -> None:
@@ -391,7 +425,10 @@ class VmmProcess:
         except TimeoutError:
             if future.cancel():
                 raise PeerError("the monitor is busy") from None
-            return future.result()
+        try:
+            return future.result(LOOP_FINISH_S)
+        except TimeoutError:
+            raise PeerError("the monitor does not come to an end with it") from None
 
     def _tell(self, event: str, data: dict[str, Any] | None = None) -> None:
         """An event for the monitor's clients; kept back while the thread that tells it carries a handover."""
@@ -740,8 +777,11 @@ class VmmProcess:
             machine = self._new_machine(config, fds, token, direct_port(), Origin.ADOPTED)
         else:
             self._end_spare()
+            _check_keepers_fds(config, fds)
             machine = self._new_machine(config, fds, token, adopt_from_keeper(fds), Origin.ADOPTED)
         self._machine = machine
+        unused = OLD_VM_FDS if choice.probe == WORKS else frozenset()  # a keeper's, which is not needed then
+        _refuse_surplus([row for row in _surplus(fds) if row[0] not in unused])
         return _IncomingView(machine, lambda: self._held), choice
 
     def _choose(self, fds: FdStore) -> Choice:

@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,22 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.handover.rig import rig
 from tests.handover.stage import wait_for
 from tests.processes import Spawn, Spawned
 from vmm.cpr.channel import CancelSwitch, Channel, connect
-from vmm.cpr.protocol import FdEntry, Offer, Refuse
+from vmm.cpr.protocol import FdEntry, Message, Offer, Ready, Refuse
 from vmm.cpr.token import SIZE as TOKEN_SIZE
 from vmm.errors import ConfigError, HandoverError, PeerError
 from vmm.fds import sealed_memfd
-from vmm.machine.config import decode
+from vmm.machine.config import decode, encode
 from vmm.state.arena import SIZE as ARENA_SIZE
 from vmm.units import MIB
 
 ANSWER_S = 20.0
 GOOD: dict[str, Any] = {"kernel": "ticker", "memory": 32 * MIB, "cpus": 1, "serial": "null"}
 MEMFDS = {"token": TOKEN_SIZE, "state": ARENA_SIZE, "fresh": ARENA_SIZE, "ram": 32 * MIB}
+ROWS: dict[str, int | str] = {**MEMFDS, "image": __file__}  # a memfd of that size, or that file
 
 
 @dataclass
@@ -38,21 +41,37 @@ class Newcomer:
     process: Spawned
     channel: Channel
 
-    def is_offered(self, machine: bytes, memfds: dict[str, int]) -> str:
-        """Offer it a machine with these memfds; why it refuses. Then it ends, and its log says the same."""
-        fds = [sealed_memfd(name, size) for name, size in memfds.items()]
-        table = [FdEntry(name, 0) for name in memfds]
+    def is_offered(self, machine: bytes, rows: dict[str, int | str]) -> str:
+        """Offer it a machine with these fds; why it refuses. Then it ends, and its log says the same."""
+        return self.refuses(
+            machine,
+            [
+                (name, 0, sealed_memfd(name, what) if isinstance(what, int) else os.open(what, os.O_RDONLY))
+                for name, what in rows.items()
+            ],
+        )
+
+    def refuses(self, machine: bytes, rows: list[tuple[str, int, int]]) -> str:
+        """As `is_offered`, with fds that are open; they are closed."""
+        answer = self.answers(machine, rows)
+        assert isinstance(answer, Refuse)
+        assert self.process.wait() == HandoverError.exit_code
+        assert f"no guest was taken over: {answer.reason}" in self.process.stderr
+        assert "Traceback" not in self.process.stderr
+        return answer.reason
+
+    def answers(self, machine: bytes, rows: list[tuple[str, int, int]]) -> Message:
+        """What it says to an offer."""
+        table = [FdEntry(name, index) for name, index, _ in rows]
+        fds = [fd for _, _, fd in rows]
         try:
             self.channel.send(Offer("0", "cpr-transfer", msgspec.Raw(machine), table), fds, ANSWER_S)
             answer, _ = self.channel.receive(ANSWER_S)
         finally:
             for fd in fds:
                 os.close(fd)
-        assert isinstance(answer, Refuse)
-        assert self.process.wait() == HandoverError.exit_code
-        assert f"no guest was taken over: {answer.reason}" in self.process.stderr
-        assert "Traceback" not in self.process.stderr
-        return answer.reason
+        assert isinstance(answer, Message)
+        return answer
 
 
 @pytest.fixture
@@ -108,13 +127,13 @@ def test_absurd_machines(changed: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize("changed", [{"memory": 1 << 60}, {"debug": True}], ids=str)
 def test_an_absurd_machine_is_refused(newcomer: Newcomer, changed: dict[str, Any]) -> None:
-    reason = newcomer.is_offered(json.dumps({**GOOD, **changed}).encode(), MEMFDS)
+    reason = newcomer.is_offered(json.dumps({**GOOD, **changed}).encode(), {**ROWS})
     assert reason.startswith("the old VMM's machine: ")
 
 
 @pytest.mark.parametrize("machine", [b"null", b"[" * 500 + b"]" * 500], ids=["null", "deep"])
 def test_what_is_no_machine(newcomer: Newcomer, machine: bytes) -> None:
-    assert "machine" in newcomer.is_offered(machine, MEMFDS)
+    assert "machine" in newcomer.is_offered(machine, {**ROWS})
 
 
 @pytest.mark.parametrize(
@@ -123,14 +142,15 @@ def test_what_is_no_machine(newcomer: Newcomer, machine: bytes) -> None:
         ({}, "fd token/0 is missing from the fd table"),
         ({"token": TOKEN_SIZE}, "fd state/0 is missing from the fd table"),
         ({"token": TOKEN_SIZE, "state": ARENA_SIZE}, "fd fresh/0 is missing from the fd table"),
-        ({**MEMFDS, "ram": None}, "fd ram/0 is missing from the fd table"),
-        ({**MEMFDS, "token": 8}, "fd token/0 has 8 bytes where 4096 were expected"),
+        ({**ROWS, "ram": None}, "fd ram/0 is missing from the fd table"),
+        ({**ROWS, "image": None}, "fd image/0 is missing from the fd table"),
+        ({**ROWS, "token": 8}, "fd token/0 has 8 bytes where 4096 were expected"),
     ],
 )
 def test_what_did_not_come_is_not_made_anew(
-    newcomer: Newcomer, memfds: dict[str, int | None], words: str
+    newcomer: Newcomer, memfds: dict[str, int | str | None], words: str
 ) -> None:
-    came = {name: size for name, size in memfds.items() if size is not None}
+    came = {name: what for name, what in memfds.items() if what is not None}
     assert words in newcomer.is_offered(json.dumps(GOOD).encode(), came)
 
 
@@ -144,11 +164,101 @@ def test_what_did_not_come_is_not_made_anew(
     ],
 )
 def test_memfds_of_another_kind(newcomer: Newcomer, changed: dict[str, int], words: str) -> None:
-    assert words in newcomer.is_offered(json.dumps(GOOD).encode(), {**MEMFDS, **changed})
+    assert words in newcomer.is_offered(json.dumps(GOOD).encode(), {**ROWS, **changed})
 
 
 @pytest.mark.parametrize("newcomer", [("--memory=64M", "--cpus=2")], indirect=True)
 def test_differences_are_listed(newcomer: Newcomer) -> None:
-    reason = newcomer.is_offered(json.dumps(GOOD).encode(), MEMFDS)
+    reason = newcomer.is_offered(json.dumps(GOOD).encode(), {**ROWS})
     assert "cpus: 2 was given here, the running machine has 1" in reason
     assert f"memory: {64 * MIB} was given here, the running machine has {32 * MIB}" in reason
+
+
+# --- paths that the other side names ---
+
+UNCONFINED = [("--sandbox=off",)]
+
+
+@pytest.mark.parametrize("newcomer", UNCONFINED, indirect=True)
+@pytest.mark.parametrize("kind", ["file", "unix"])
+def test_a_path_that_the_other_side_names_is_not_opened(
+    newcomer: Newcomer, tmp_socket_dir: Path, kind: str
+) -> None:
+    """Nothing but the check holds it back."""
+    victim = tmp_socket_dir / "victim"
+    if kind == "file":
+        victim.write_text("precious")
+    machine = json.dumps({**GOOD, "serial": f"{kind}:{victim}"}).encode()
+    missing = {"file": "serial-out", "unix": "serial-listen"}[kind]
+    assert newcomer.is_offered(machine, {**ROWS}) == f"fd {missing}/0 is missing from the fd table"
+    if kind == "file":
+        assert victim.read_text() == "precious"
+    else:
+        assert not victim.exists()
+
+
+@pytest.mark.parametrize("newcomer", UNCONFINED, indirect=True)
+@pytest.mark.parametrize("serial", ["stdio", "pty"])
+def test_the_newcomers_own_terminal_is_not_the_guests(newcomer: Newcomer, serial: str) -> None:
+    machine = json.dumps({**GOOD, "serial": serial}).encode()
+    assert newcomer.is_offered(machine, {**ROWS}) == "fd serial/0 is missing from the fd table"
+
+
+# --- what nobody asked for ---
+
+
+def listener() -> int:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind("")
+    sock.listen()
+    return sock.detach()
+
+
+def one_end(kind: socket.SocketKind) -> int:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    theirs.close()
+    return ours.detach()
+
+
+SURPLUS: dict[str, tuple[str, int, Callable[[], int]]] = {
+    "memory": ("ram", 9, lambda: sealed_memfd("ram", 4096)),
+    "a second image": ("image", 1, lambda: os.open(__file__, os.O_RDONLY)),
+    "a console": ("serial", 0, lambda: one_end(socket.SOCK_STREAM)),
+    "another console": ("serial", 5, lambda: os.open("/dev/null", os.O_RDWR)),
+    "a listener": ("serial-listen", 0, listener),
+    "an interrupt": ("irqfd", 3, lambda: os.eventfd(0)),
+    "a token": ("token", 1, lambda: sealed_memfd("token", TOKEN_SIZE)),
+}
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("surplus", [None, *SURPLUS])
+def test_what_nobody_asked_for_is_refused(newcomer: Newcomer, surplus: str | None) -> None:
+    """The fds of a good machine, and one more; without it the same offer is good."""
+    with rig(kernel="ticker", memory=32 * MIB) as one:
+        rows = [
+            (name, index, os.dup(fd)) for name, index, fd in one.machine.fds.items() if name != "kvm-stats"
+        ]
+        rows.append(("token", 0, sealed_memfd("token", TOKEN_SIZE)))
+        machine = encode(one.config)
+        if surplus is None:
+            answer = newcomer.answers(machine, rows)
+            assert isinstance(answer, Ready), answer
+            return
+        name, index, opener = SURPLUS[surplus]
+        reason = newcomer.refuses(machine, [*rows, (name, index, opener())])
+    assert reason == f"the fd table has what this machine has no use for: {name}/{index}; refused"
+
+
+@pytest.mark.parametrize(
+    ("name", "opener", "words"),
+    [
+        ("kvm", lambda: os.open("/dev/zero", os.O_RDONLY), "fd kvm/0: this VMM knows no fd of that name"),
+        ("keeper", lambda: one_end(socket.SOCK_STREAM), "fd keeper/0 is a socket of family 1, type 1"),
+        ("serial-listen", lambda: one_end(socket.SOCK_STREAM), "type 1, not listening, where"),
+    ],
+)
+def test_fds_that_are_of_no_use_to_any(
+    newcomer: Newcomer, name: str, opener: Callable[[], int], words: str
+) -> None:
+    assert words in newcomer.refuses(json.dumps(GOOD).encode(), [(name, 0, opener())])

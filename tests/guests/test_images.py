@@ -31,14 +31,18 @@ def build(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def cannot_be_told(reason: str) -> None:
+    """Skips the test, or fails it if CI=true."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{reason} (CI=true)", pytrace=False)
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="module")
 def gcc() -> None:
-    """A test that needs gcc: skips without it, or fails if CI=true."""
+    """What a test asks for that needs gcc."""
     if shutil.which("gcc") is None:
-        reason = "gcc is not installed: the images cannot be rebuilt"
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{reason} (CI=true)", pytrace=False)
-        pytest.skip(reason)
+        cannot_be_told("gcc is not installed: the images cannot be rebuilt")
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +59,29 @@ def test_sums_are_of_these_files() -> None:
     assert sorted(path.stem for path in IMAGES.glob("*.elf")) == NAMES
 
 
-def test_images_are_what_the_sources_give(rebuilt: Path) -> None:
+def same_toolchain(rebuilt: Path) -> None:
+    """Skips the test, or fails it if CI=true, where the committed images are another toolchain's."""
     here, recorded = (rebuilt / "TOOLCHAIN").read_text(), (IMAGES / "TOOLCHAIN").read_text()
     if here != recorded:
-        pytest.skip(f"the images are from {recorded.splitlines()}, here are {here.splitlines()}")
+        cannot_be_told(f"the images are from {recorded.splitlines()}, here are {here.splitlines()}")
+
+
+@pytest.mark.parametrize(
+    ("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)], ids=["CI", "elsewhere"]
+)
+def test_another_toolchain_is_no_success_in_ci(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ci: str, outcome: type[BaseException]
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    (tmp_path / "TOOLCHAIN").write_text("gcc 1.0\n")
+    with pytest.raises(outcome, match=r"here are \['gcc 1\.0'\]"):
+        same_toolchain(tmp_path)
+    shutil.copy(IMAGES / "TOOLCHAIN", tmp_path)
+    same_toolchain(tmp_path)
+
+
+def test_images_are_what_the_sources_give(rebuilt: Path) -> None:
+    same_toolchain(rebuilt)
     differing = [
         n for n in NAMES if (rebuilt / f"{n}.elf").read_bytes() != (IMAGES / f"{n}.elf").read_bytes()
     ]

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import vmm.machine.hypervisor
+import vmm.machine.machine
 from tests.handover.rig import Rig, rig
 from tests.native import need_native_instructions
 from vmm.boot.cpuid import CpuidEntry, guest_cpuid
@@ -99,6 +102,124 @@ def test_vcpus_are_saved_only_when_all_have_stopped(monkeypatch: pytest.MonkeyPa
         # Of the new machine only the state at birth would be saved; that comes before.
         one.hand_over(built=lambda machine: monkeypatch.setattr(kvm_state.VcpuState, "save", note_save))
         assert at_save == [4, 4, 4, 4]
+
+
+# --- a vCPU that does not stop ---
+
+PATIENCE_S = 0.3
+LATE = r"1 vCPU threads did not answer within 0\.3 s"
+
+
+@contextmanager
+def held(machine: Machine, index: int) -> Iterator[None]:
+    """That vCPU's thread is busy with something; afterwards it has done whatever it was given meanwhile."""
+    thread, begun, over, done = (
+        machine.threads[index],
+        threading.Event(),
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def hold() -> None:
+        begun.set()
+        over.wait(20)
+
+    thread.submit(hold)
+    thread.kick()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.submit(done.set)
+        thread.pause()
+        assert begun.wait(20)
+        assert done.wait(20)
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vmm.machine.machine, "STOP_TIMEOUT_S", PATIENCE_S)
+
+
+@pytest.mark.usefixtures("with_irqfd", "_impatient")
+def test_a_vcpu_that_stops_too_late_does_not_undo_the_roll_back() -> None:
+    """What it was to do when all have stopped (release the eventfds) is not done any more."""
+    one = paused_rig("kernel")
+    try:
+        with (
+            held(one.machine, 0),
+            pytest.raises(VmmError, match=LATE),
+        ):
+            one.hand_over()
+        signal(one.machine)
+        assert raised(one.machine)
+        one.hand_over()
+        assert raised(one.machine)
+    finally:
+        one.close()
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize("late", [0, 1])
+def test_the_guest_goes_on_after_a_vcpu_stopped_too_late(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late in the look at its timer, for which it runs the guest for a moment more."""
+    over, tried = threading.Event(), threading.Event()
+    look = kvm_state.VcpuState.look
+
+    def dawdle(self: kvm_state.VcpuState, settle: Any, run_on: Any) -> None:
+        if self.vcpu.index == late and not tried.is_set():
+            over.wait(20)
+            run_on()
+            tried.set()
+        look(self, settle, run_on)
+
+    with rig(**SENTINEL, cpus=2, append="checks=counter,ipi pattern=1M") as one:
+        settled(one)
+        with monkeypatch.context() as patched:
+            patched.setattr(kvm_state.VcpuState, "look", dawdle)
+            with pytest.raises(VmmError, match=r"within 0\.3 s"):
+                one.hand_over()
+            over.set()
+            assert tried.wait(20)
+        one.go_on(turns=100)
+        one.hand_over()
+        one.go_on(turns=20)
+        assert one.results().errors == 0
+
+
+def test_a_vcpu_that_fails_is_heard_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: kvm_state.VcpuState, *how: Any) -> None:
+        if self.vcpu.index == 1:
+            raise StateError("this vCPU is to fail")
+
+    with rig(**SENTINEL, cpus=3, append="checks=counter pattern=1M") as one:
+        settled(one)
+        with monkeypatch.context() as patched:
+            patched.setattr(kvm_state.VcpuState, "look", fail)
+            began_s = time.monotonic()
+            with pytest.raises(StateError, match="this vCPU is to fail"):
+                one.hand_over()
+        assert time.monotonic() - began_s < vmm.machine.machine.STOP_TIMEOUT_S / 2
+        one.go_on(turns=20)
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize(
+    "call", [Machine.stop, Machine.inject_nmi, Machine.reset], ids=lambda one: one.__name__
+)
+def test_the_guest_runs_on_where_a_vcpu_does_not_stop(call: Callable[[Machine], object]) -> None:
+    with rig(**SENTINEL, cpus=2, append="checks=counter pattern=1M") as one:
+        settled(one)
+        machine = one.machine
+        over = threading.Event()
+        machine.threads[0].submit(lambda: over.wait(20) and None)
+        with pytest.raises(VmmError, match=LATE):
+            call(machine)
+        over.set()
+        assert machine.run_state is RunState.RUNNING
+        one.go_on(turns=100)
+        assert one.results().nmis <= 1  # the first vCPU has got none afterwards
+        assert machine.reset_if_due() == (call is Machine.reset)
 
 
 # --- interrupts ---

@@ -254,8 +254,11 @@ class Hypervisor:
     def save_chips(self) -> None:
         """Store what is the VM's and not a vCPU's. Every vCPU has stopped, and none of them is saved yet."""
         self.vm_state.save()
-        for vcpu, tsc in zip(self.vcpus, self.tscs, strict=True):
-            tsc.save_offset(vcpu)
+
+    def save_vcpu(self, index: int) -> None:
+        """Store a vCPU's whole state, the chips being saved. On the vCPU's thread."""
+        self.tscs[index].save_offset(self.vcpus[index])
+        self.vcpu_states[index].save()
 
     def load_vcpu(self, index: int) -> None:
         """Give a vCPU the stored state. Raises StateError."""

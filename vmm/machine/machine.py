@@ -116,6 +116,7 @@ class _Latch:
         self._done = threading.Lock()
         self._done.acquire()
         self._error: BaseException | None = None
+        self.given_up = False  # nobody waits any more: a job that has not begun is not to be done
 
     def report(self, error: BaseException | None = None) -> None:
         with self._guard:
@@ -125,37 +126,59 @@ class _Latch:
                 self._done.release()
 
     def wait(self, timeout_s: float, what: str) -> None:
-        if not self._done.acquire(timeout=timeout_s):
-            raise VmmError(f"{what}: {self._left} vCPU threads did not answer within {timeout_s} s")
+        answered = self._done.acquire(timeout=timeout_s)
+        self.given_up = True
         if self._error is not None:
             raise self._error
+        if not answered:
+            raise VmmError(f"{what}: {self._left} vCPU threads did not answer within {timeout_s} s")
 
 
 class _Rendezvous:
     """Where vCPU threads meet once all of them have stopped; one does what is to be done then, and all go on.
 
     Until the last has stopped it may send the others interrupts, INIT and SIPI: nothing of them is settled.
+    Once one has failed, or nobody waits for them any more, it is called off: the others hear of it at once,
+    and who comes late must not do what has been undone by then.
     """
 
-    def __init__(self, count: int, then: Callable[[], None]) -> None:
+    def __init__(self, count: int, then: Callable[[], None], timeout_s: float) -> None:
         self._then = then
+        self._timeout_s = timeout_s
         self._error: BaseException | None = None
-        self._barrier = threading.Barrier(count, self._act, STOP_TIMEOUT_S)
+        self._acting = threading.Lock()
+        self._barrier = threading.Barrier(count, self._act, timeout_s)
 
     def _act(self) -> None:
-        try:
-            self._then()
-        except BaseException as error:  # noqa: BLE001 -- raised in every thread that waits
-            self._error = error
+        with self._acting:
+            if self._error is not None:
+                return
+            try:
+                self._then()
+            except BaseException as error:  # noqa: BLE001 -- raised in every thread that waits
+                self._error = error
+
+    def call_off(self, error: BaseException) -> None:
+        """From any thread: `error` is what all of them raise. What is being done is done when this returns,
+        and nothing is begun.
+        """
+        with self._acting:
+            self._error = self._error or error
+        self._barrier.abort()
+
+    def check(self) -> None:
+        """Raises what it was called off with, if it was."""
+        if self._error is not None:
+            raise self._error
 
     def wait(self) -> None:
-        """Called by each vCPU thread. Raises what the action raised."""
+        """Called by each vCPU thread. Raises what the action raised, or what it was called off with."""
         try:
             self._barrier.wait()
         except threading.BrokenBarrierError:
-            raise VmmError(f"not every vCPU stopped within {STOP_TIMEOUT_S} s") from None
-        if self._error is not None:
-            raise self._error
+            self.check()
+            raise VmmError(f"not every vCPU stopped within {self._timeout_s} s") from None
+        self.check()
 
 
 def open_files(config: MachineConfig, fds: FdStore) -> Image:
@@ -361,7 +384,7 @@ class Machine:
         """QMP `stop`: pause the vCPUs; nothing where they are paused already."""
         with self._lock:
             if self.run_state is RunState.RUNNING:
-                self._pause_vcpus(None)
+                self._pause_running(None)
                 self._enter(RunState.PAUSED)
 
     def cont(self) -> None:
@@ -387,10 +410,9 @@ class Machine:
             if not due:
                 return False
             if self.run_state is RunState.RUNNING:
-                self._pause_vcpus(None)
+                self._pause_running(None)
                 self._reset_stopped()
-                for thread in self.threads:
-                    thread.resume()
+                self._let_run()
             elif self.run_state is RunState.PAUSED:
                 self._reset_stopped()
             return not self.state.reset_pending
@@ -432,14 +454,16 @@ class Machine:
         """QMP `inject-nmi`: an NMI to every vCPU, as QEMU has it. Raises VmmError during a handover.
 
         KVM_NMI waits for KVM_RUN to return: so the vCPUs stop for it, each does it itself, and they go on.
+        Where one does not stop in time, VmmError, and only those that did have got it.
         """
         with self._lock:
             if self.run_state not in (RunState.RUNNING, RunState.PAUSED):
                 raise VmmError(f"no NMI can be injected in run state {self.run_state.value}")
-            self._pause_vcpus(lambda index: self.threads[index].vcpu.nmi())
-            if self.run_state is RunState.RUNNING and not self.state.ended:
-                for thread in self.threads:
-                    thread.resume()
+            if self.run_state is RunState.PAUSED:
+                self._pause_vcpus(lambda index: self.threads[index].vcpu.nmi())
+            else:
+                self._pause_running(lambda index: self.threads[index].vcpu.nmi())
+                self._let_run()
 
     def close(self, *, for_good: bool) -> None:
         """End the threads and give everything but the fds back; with `for_good`, the VM itself ends too.
@@ -456,11 +480,24 @@ class Machine:
 
     # --- the handover's calls ---
 
-    def _pause_vcpus(self, job: Callable[[int], None] | None, timeout_s: float = STOP_TIMEOUT_S) -> None:
+    def _pause_vcpus(self, job: Callable[[int], None] | None) -> None:
         """Stop every vCPU between two instructions and, on its own thread, do `job(index)`."""
         for thread in self.threads:
             thread.pause()
-        self._on_vcpus(job, timeout_s)
+        self._on_vcpus(job, STOP_TIMEOUT_S)
+
+    def _pause_running(self, job: Callable[[int], None] | None) -> None:
+        """The same for a guest that runs, and that runs on where it fails."""
+        try:
+            self._pause_vcpus(job)
+        except BaseException:
+            self._let_run()
+            raise
+
+    def _let_run(self) -> None:
+        if not self.state.ended:
+            for thread in self.threads:
+                thread.resume()
 
     def _on_vcpus(self, job: Callable[[int], None] | None, timeout_s: float) -> None:
         latch = _Latch(len(self.threads))
@@ -469,7 +506,7 @@ class Machine:
             def run() -> None:
                 error: BaseException | None = None
                 try:
-                    if job is not None:
+                    if job is not None and not latch.given_up:
                         job(index)
                 except BaseException as caught:  # noqa: BLE001 -- handed to the waiting thread
                     error = caught
@@ -526,16 +563,25 @@ class Machine:
             self.irqfds.release()
             self.hypervisor.save_chips()
 
-        stopped = _Rendezvous(len(self.threads), save_chips)
+        stopped = _Rendezvous(len(self.threads), save_chips, STOP_TIMEOUT_S)
 
         def save(index: int) -> None:
             state, thread = self.hypervisor.vcpu_states[index], self.threads[index]
             may_run_on = self._resume_to is RunState.RUNNING and not self.state.ended
-            state.look(thread.settle, thread.run_on if may_run_on else None)
-            stopped.wait()
-            state.save()
+            try:
+                stopped.check()
+                state.look(thread.settle, thread.run_on if may_run_on else None)
+                stopped.wait()
+            except BaseException as error:
+                stopped.call_off(error)
+                raise
+            self.hypervisor.save_vcpu(index)
 
-        self._pause_vcpus(save)
+        try:
+            self._pause_vcpus(save)
+        except BaseException as error:
+            stopped.call_off(error)
+            raise
 
     def _leave_vcpus(self, running: bool) -> None:
         """Serve the vCPUs no more; let them run on where they run, but not past the guest's end."""

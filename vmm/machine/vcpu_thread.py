@@ -71,6 +71,8 @@ class VcpuThread:
         self._journal = journal
         self._turn = turn
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._order = threading.Lock()
+        self._wanted = False  # what `_stop` is the opposite of, but for a moment of `run_on`
         self._stop = False
         self._leaving = False
         self._running = False
@@ -102,8 +104,9 @@ class VcpuThread:
 
     def resume(self) -> None:
         """Have the thread run the guest until `pause`."""
-        self._stop = self._leaving = False
-        self._running = True
+        with self._order:
+            self._stop = self._leaving = False
+            self._running = self._wanted = True
         self._jobs.put(self._run)
 
     def pause(self) -> None:
@@ -111,21 +114,28 @@ class VcpuThread:
         has ended.
         """
         self._leaving = False
-        self._stop = True
+        self._want_no_more()
         self.kick()
+
+    def _want_no_more(self) -> None:
+        with self._order:
+            self._wanted = False
+            self._stop = True
 
     def halt(self) -> None:
         """Stop a vCPU that may run without this process, the exit that it may wait with served. Does not
         wait.
         """
         self._leaving = False
-        self._running = self._stop = True
+        self._running = True
+        self._want_no_more()
         self._jobs.put(self._run)
         self.kick()
 
     def leave(self) -> None:
         """End the run job without stopping the vCPU; does not wait. `go_on` is a job of its own, after it."""
-        self._leaving = self._stop = True
+        self._leaving = True
+        self._want_no_more()
         if self._running:
             self.vcpu.leave()
 
@@ -136,7 +146,7 @@ class VcpuThread:
 
     def stop_after_exit(self) -> None:
         """Called on this thread, by what serves an exit: end the run job once the exit is served."""
-        self._stop = True
+        self._want_no_more()
 
     @property
     def is_current(self) -> bool:
@@ -162,6 +172,7 @@ class VcpuThread:
                 self._sink.thread_failed(self.index, error)
 
     def _run(self) -> None:
+        self._running = True  # before `_stop` is looked at: who sets that kicks a vCPU that is running
         try:
             self._serve()
         finally:
@@ -207,11 +218,17 @@ class VcpuThread:
 
     def run_on(self) -> None:
         """On this thread, after a run job: run the guest for a moment more, as that job would have."""
-        self._stop, self._running = False, True
-        end = threading.Timer(MOMENT_S, self.pause)
+        self._stop = False
+        end = threading.Timer(MOMENT_S, self._end_moment)
         end.start()
         self._run()
         end.join()
+        with self._order:
+            self._stop = not self._wanted  # who waited for this thread may have lost patience meanwhile
+
+    def _end_moment(self) -> None:
+        self._stop = True
+        self.kick()
 
     def recover(self) -> None:
         """Undo what a VMM that is gone had begun and not ended. Before the first run, the VM being ours."""

@@ -45,23 +45,24 @@ class Outcome:
 
 
 def fuzz(target: str, seconds: int, engine: str) -> Outcome:
-    """One target, in a process of its own."""
+    """One target, in a process of its own. One that does not come to an end in time has failed."""
     start = time.monotonic()
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.child", engine, target, str(seconds), str(WORK / target)],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=seconds + GRACE_S,
-        check=False,
-        text=True,
-        errors="replace",
-    )
-    figures = {name: (pattern.findall(child.stdout) or ["0"])[-1] for name, pattern in FIGURES.items()}
-    failed = child.returncode != 0
+    command = [sys.executable, "-m", "tests.fuzz.child", engine, target, str(seconds), str(WORK / target)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as child:
+        try:
+            said, _ = child.communicate(timeout=seconds + GRACE_S)
+            failed = child.returncode != 0
+        except subprocess.TimeoutExpired:
+            child.kill()
+            said, _ = child.communicate()
+            said += f"{target}: still running {GRACE_S} s after its time; killed\n".encode()
+            failed = True
+    text = said.decode(errors="replace")
+    figures = {name: (pattern.findall(text) or ["0"])[-1] for name, pattern in FIGURES.items()}
     if failed:
-        sys.stderr.write("\n".join([*child.stdout.splitlines()[-LAST_WORDS:], ""]))
+        sys.stderr.write("\n".join([*text.splitlines()[-LAST_WORDS:], ""]))
     return Outcome(
         target=target,
         engine=engine,

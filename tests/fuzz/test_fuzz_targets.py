@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz import __main__ as command
 from tests.fuzz.targets import NAMES, committed, inputs
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +37,34 @@ def test_changed_inputs(target: str, data: st.DataObject) -> None:
 def test_a_run_says_what_it_did(engine: str) -> None:
     if engine == "atheris" and importlib.util.find_spec("atheris") is None:
         pytest.skip("atheris is not installed: scripts/fuzz does so where it has a wheel")
-    command = [sys.executable, "-m", "tests.fuzz", "arena", "--seconds=1", f"--engine={engine}", "--json"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=True)
+    words = [sys.executable, "-m", "tests.fuzz", "arena", "--seconds=1", f"--engine={engine}", "--json"]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=50, check=True)
     [outcome] = json.loads(run.stdout)["targets"]
     assert (outcome["target"], outcome["engine"], outcome["failed"]) == ("arena", engine, False)
     assert outcome["runs"] > 10
+
+
+def test_a_target_that_hangs_has_failed_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first never ends, in the place of what `tests.fuzz.child` would be; the second does."""
+    package = tmp_path / "tests" / "fuzz"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "child.py").write_text(
+        "import sys, time\n"
+        "print('Done 7 runs', flush=True)\n"
+        "if sys.argv[2] == 'elf':\n    print('stuck', flush=True); time.sleep(60)\n"
+    )
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "NAMES", ("elf", "qmp"))
+    monkeypatch.setattr(command, "GRACE_S", 1)
+    monkeypatch.setattr(sys, "argv", ["fuzz", "all", "--seconds=2", "--engine=hypothesis", "--json"])
+    assert command.main() == 1
+    said = capsys.readouterr()
+    first, second = json.loads(said.out)["targets"]
+    assert (first["target"], first["failed"], first["runs"]) == ("elf", True, 7)
+    assert (second["target"], second["failed"], second["runs"]) == ("qmp", False, 7)
+    assert "stuck" in said.err
+    assert "elf: still running 1 s after its time; killed" in said.err

@@ -1,5 +1,5 @@
 """Peers on the cpr and the main channel that send anything, fds included: every end is an error of ours, no
-fd stays open.
+fd stays open, and what is taken in can be said again by the monitor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from vmm.cpr.channel import CancelSwitch, Channel
 from vmm.cpr.live import Choice, IncomingMachine, LiveIncoming, Timeouts, run
 from vmm.cpr.protocol import (
     Commit,
+    Farewell,
     FdEntry,
+    Message,
     Offer,
     Prepared,
     Ready,
@@ -29,17 +31,20 @@ from vmm.cpr.protocol import (
     encode,
     expect,
 )
+from vmm.cpr.report import Report
 from vmm.cpr.token import SIZE as TOKEN_SIZE
 from vmm.cpr.token import RunToken
 from vmm.errors import HandoverError, VmmError
 from vmm.fds import FdStore, check_received, sealed_memfd
 from vmm.machine.config import MachineConfig, decode
 from vmm.machine.config import encode as encode_config
+from vmm.qmp.framing import JsonStream, StreamState
+from vmm.qmp.server import ConnectionState
 from vmm.state import Arena
-from vmm.trace import Tracer
+from vmm.trace import Event, Tracer
 
 ENOUGH = "far enough"
-WANTED = (Offer, Ready, State, Prepared, Commit, Running)
+WANTED = (Offer, Ready, State, Prepared, Commit, Running, Farewell)
 KINDS: tuple[Callable[[], int], ...] = (
     lambda: sealed_memfd("token", TOKEN_SIZE),
     lambda: os.memfd_create("unsealed", os.MFD_CLOEXEC),
@@ -86,12 +91,41 @@ def _channel(reader: Reader, fds: list[int]) -> None:
                 message, received = channel.receive(1.0)
                 for fd in received:
                     os.close(fd)
-                expect(message, wanted)
+                _use(expect(message, wanted))
         except HandoverError:
             return
         finally:
             channel.close()
             cancel.close()
+
+
+def _use(message: Message) -> None:
+    """What either side does with a message, up to the monitor's answers about it."""
+    report = Report("cpr-transfer")
+    if isinstance(message, Ready):
+        report.why, report.vm_fd_probe = message.why, message.probe
+    elif isinstance(message, Running):
+        report.new_pid = message.pid
+        report.add(Event(event.name, event.ns, "new", message.pid) for event in message.events)
+    elif isinstance(message, Farewell):
+        for _, encoded in message.clients:
+            _go_on_with(encoded)
+    msgspec.json.encode([report.as_dict(), report.as_query_migrate()])
+    encode(message)
+
+
+def _go_on_with(encoded: bytes) -> None:
+    """A client that comes, speaks, and moves on."""
+    try:
+        state = msgspec.json.decode(encoded, type=ConnectionState)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return
+    stream = JsonStream(state=state.stream)
+    stream.feed(b'{"execute": "query-status"}]}"')
+    list(stream)
+    moved = ConnectionState(negotiated=state.negotiated, stream=stream.export(), unsent=state.unsent)
+    again = msgspec.json.decode(msgspec.json.encode(moved), type=ConnectionState)
+    assert again == moved
 
 
 def _offer(reader: Reader, fds: list[int]) -> None:
@@ -149,7 +183,14 @@ def seeds() -> Iterator[bytes]:
         Commit(),
         Running(1, [TraceEvent("a", 1)]),
         Ready("rebuild", "", True, "EIO"),
+        Farewell([(0, msgspec.json.encode(ConnectionState(stream=StreamState(b'{"exec', braces=1))))]),
     )
-    for at, word in enumerate(words):
-        yield bytes((1, 0, at + 1)) + encode(word) * 2
+    for word in words:
+        yield bytes((1, 0, WANTED.index(type(word)))) + encode(word) * 2
+    for huge in (
+        Running(1 << 62, [TraceEvent("a", 1)]),
+        Running(1, [TraceEvent("a", 1 << 62)]),
+        Running(1, [TraceEvent("pause", 2), TraceEvent("resumed", 1)]),
+    ):
+        yield bytes((1, 0, WANTED.index(Running))) + encode(huge)
     yield bytes((1, 2, 2, 2, 3)) + encode(Prepared(), 2) + b"F" + encode(Prepared())

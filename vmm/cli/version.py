@@ -19,6 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vmm.cpr.protocol import OLDEST_VERSION, VERSION
     from vmm.errors import HostError
     from vmm.machine.host import kvm_api_version
+    from vmm.machine.ports import KEEPER_PROTOCOL
     from vmm.state.arena import LAYOUT_VERSION
 
     api: int | None = None
@@ -32,8 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
         "kvm-api": api,
         "kvm-error": why,
         "state-layout": LAYOUT_VERSION,
+        "oldest-state-layout": LAYOUT_VERSION,
         "protocol": VERSION,
         "oldest-protocol": OLDEST_VERSION,
+        "keeper-protocol": KEEPER_PROTOCOL,
         "python": platform.python_version(),
         "kernel": platform.release(),
     }
@@ -42,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(f"vmm            {vmm.__version__}")
     print(f"KVM API        {api if why is None else why}")
-    print(f"state layout   {LAYOUT_VERSION}")
+    print(f"state layout   {LAYOUT_VERSION} (understands no other; of a section also the version before)")
     print(f"protocol       {VERSION} (understands {OLDEST_VERSION} to {VERSION})")
+    print(f"keeper         {KEEPER_PROTOCOL} (understands no other)")
     print(f"Python         {versions['python']}, Linux {versions['kernel']}")
     return 0

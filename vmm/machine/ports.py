@@ -17,6 +17,7 @@ from vmm.sandbox import Mode, keeper_program, keeper_ruleset
 from vmm.sockets import listen
 
 __all__ = [
+    "KEEPER_PROTOCOL",
     "Port",
     "adopt_from_keeper",
     "direct_port",
@@ -29,6 +30,7 @@ __all__ = [
     "take_keeper",
 ]
 
+KEEPER_PROTOCOL = keeper.PROTOCOL  # what a VMM and a keeper must agree on; none before it is understood
 UNREACHABLE_S = 2.0  # how long a keeper waits for a VMM where none could ever find it
 AT_ONCE_S = 0.001
 

@@ -32,6 +32,12 @@ class Ram:
     def give(self, vm: Vm, flags: int = 0) -> None:
         vm.set_memory(slot=0, gpa=0, size=RAM_SIZE, hva=self.hva, memfd=self.memfd, offset=0, flags=flags)
 
+    def read(self, gpa: int, length: int) -> bytes:
+        return self.bytes[gpa : gpa + length]
+
+    def write(self, gpa: int, data: bytes) -> None:
+        self.bytes[gpa : gpa + len(data)] = data
+
 
 @dataclass
 class Machine:

@@ -18,7 +18,7 @@ from vmm.fds import FdStore
 from vmm.kvm import Cap, MpState, System, Vcpu, Vm, abi
 from vmm.machine import lapic_state as lapic
 from vmm.machine.kvm_state import VcpuFacts, VcpuState, VmState, vm_pieces
-from vmm.machine.msr_state import IA32_TSC, MsrList, guest_msrs
+from vmm.machine.msr_state import IA32_TSC, WALL_CLOCKS, MsrList, guest_msrs
 from vmm.machine.tsc_state import TscState
 from vmm.state import Arena
 
@@ -36,6 +36,7 @@ class Side:
     """A VM with its vCPUs, on a state memfd that it shares with others."""
 
     def __init__(self, arena: Arena, ram: Ram, cpus: int = 1) -> None:
+        self.ram = ram
         with ExitStack() as stack:
             self.system = stack.enter_context(System())
             self.vm: Vm = stack.enter_context(self.system.create_vm())
@@ -56,7 +57,7 @@ class Side:
             nested = self.vm.check(Cap.NESTED_STATE)
             facts = VcpuFacts(self.vm.check, self.vm.xsave_size, True, nested)
             msrs = MsrList.probe(self.vcpus[0], guest_msrs(self.system, self.vcpus[0]))
-            self.states = [VcpuState(arena, vcpu, facts, msrs) for vcpu in self.vcpus]
+            self.states = [VcpuState(arena, vcpu, facts, msrs, ram) for vcpu in self.vcpus]
             self.tscs = [TscState(arena, vcpu) for vcpu in self.vcpus]
             self.chips = VmState(arena, self.vm, vm_pieces(irqchip=True, pit=True))
             self.close = stack.pop_all().close
@@ -268,6 +269,26 @@ def test_every_msr_that_takes_another_value(fds: FdStore) -> None:
         }
 
 
+@pytest.mark.parametrize("msr", WALL_CLOCKS)
+def test_the_wall_clock_moves_and_ram_stays_as_it_is(msr: int, fds: FdStore) -> None:
+    """KVM writes the time to the address that it is told. The guest may have something else there by now."""
+    address = 0x2000
+    with sides(fds, cpus=2) as (old, hand_over):
+        block = type(old.states[0].sections["msrs"])(nmsrs=1)
+        block.entries[0] = abi.kvm_msr_entry(index=msr, data=address)
+        assert old.vcpu.set_msrs(block) == 1
+        assert old.ram.bytes[address : address + 4] != bytes(4)  # KVM did write
+        old.ram.write(address, bytes(range(100, 120)))
+        before = old.ram.bytes[:]
+        for _ in range(2):
+            new = hand_over()
+            assert new.ram.bytes[:] == before
+            block.entries[0].data = 0
+            assert new.vcpus[1].get_msrs(block) == 1
+            assert block.entries[0].data == address
+
+
+@pytest.mark.lab
 def test_nested_state(fds: FdStore) -> None:
     """Of a vCPU that may run guests and has none: the flags that it is asked for are kept."""
     with sides(fds) as (old, hand_over):

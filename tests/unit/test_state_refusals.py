@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from vmm.boot.cpuid import CpuidEntry
-from vmm.errors import StateError
+from vmm.errors import StateError, VmmError
 from vmm.fds import FdStore
 from vmm.kvm import Cap, Vcpu, Vm
 from vmm.machine.cpuid_state import can_nest, check_cpuid, keep_cpuid, kept_cpuid
@@ -145,6 +145,25 @@ class MsrVcpu:
         return len(block.entries)
 
 
+class LittleRam:
+    """RAM up to 0x1008, so that not all of what lies at 0x1000 and is longer can be read."""
+
+    def __init__(self) -> None:
+        self.content = bytearray(0x1008)
+
+    def read(self, gpa: int, length: int) -> bytes:
+        if gpa + length > len(self.content):
+            raise VmmError("this is no RAM")
+        return bytes(self.content[gpa : gpa + length])
+
+    def write(self, gpa: int, data: bytes) -> None:
+        assert gpa + len(data) <= len(self.content)
+        self.content[gpa : gpa + len(data)] = data
+
+
+RAM = LittleRam()
+
+
 def msr_vcpu(values: dict[int, int], stuck: tuple[int, ...] = ()) -> Vcpu:
     return cast(Vcpu, MsrVcpu(values, stuck))
 
@@ -158,23 +177,53 @@ def test_msrs_move(fds: FdStore) -> None:
     arena = Arena.open(fds)
     old, new = msr_vcpu({0x174: 2, 0x277: 4, 0x8B: 1}), msr_vcpu({0x174: 0, 0x277: 0, 0x8B: 1}, stuck=(0x8B,))
     msrs = MsrList((0x174, 0x277), (0x8B,))
-    MsrState(arena, 7, msrs).save(old)
-    MsrState(arena, 7, msrs).load(new)
+    MsrState(arena, 7, msrs, RAM).save(old)
+    MsrState(arena, 7, msrs, RAM).load(new)
     assert cast(MsrVcpu, new).values == {0x174: 2, 0x277: 4, 0x8B: 1}
-    assert MsrState(arena, 0, msrs) is not None
+    assert MsrState(arena, 0, msrs, RAM) is not None
     assert MsrList.of(arena) == msrs
+
+
+class WallClockVcpu(MsrVcpu):
+    """One whose KVM writes to RAM when told to."""
+
+    def __init__(self, index: int, ram: LittleRam) -> None:
+        super().__init__({0x174: 0, 0x11: 0, 0x277: 0, 0x4B56_4D00: 0})
+        self.index = index
+        self.ram = ram
+
+    def set_msrs(self, block: Any) -> int:
+        for entry in block.entries:
+            if entry.index in (0x11, 0x4B56_4D00) and entry.data < len(self.ram.content):
+                self.ram.content[entry.data : entry.data + 8] = b"new time"
+        return super().set_msrs(block)
+
+
+@pytest.mark.parametrize("address", [0x1000, 0x800, 2**63])
+@pytest.mark.parametrize("index", [0, 1])
+def test_setting_the_wall_clock_changes_no_ram(address: int, index: int, fds: FdStore) -> None:
+    """It is the VM's, so the first vCPU's to set, and needs not be in RAM."""
+    ram, values = LittleRam(), {0x174: 2, 0x11: address, 0x277: 4, 0x4B56_4D00: address}
+    ram.content[:] = bytes(n % 251 for n in range(len(ram.content)))
+    before = bytes(ram.content)
+    state = MsrState(Arena.open(fds), index, MsrList(tuple(values), ()), ram)
+    state.save(msr_vcpu(values))
+    new = WallClockVcpu(index, ram)
+    state.load(cast(Vcpu, new))
+    assert bytes(ram.content) == before
+    assert new.values == (values if index == 0 else {**values, 0x11: 0, 0x4B56_4D00: 0})
 
 
 def test_an_msr_that_this_host_has_not_got_is_named(fds: FdStore) -> None:
     arena = Arena.open(fds)
-    MsrState(arena, 7, MsrList((0x174, 0x123, 0x124), ()))
+    MsrState(arena, 7, MsrList((0x174, 0x123, 0x124), ()), RAM)
     with pytest.raises(StateError, match=r"vCPU 7: this host's KVM has no MSR 0x123, 0x124"):
-        MsrState(arena, 7, MsrList((0x174,), ()))
+        MsrState(arena, 7, MsrList((0x174,), ()), RAM)
 
 
 def test_an_msr_that_cannot_be_restored_is_named(fds: FdStore) -> None:
     arena = Arena.open(fds)
-    state = MsrState(arena, 7, MsrList((0x174, 0x277), ()))
+    state = MsrState(arena, 7, MsrList((0x174, 0x277), ()), RAM)
     state.save(msr_vcpu({0x174: 2, 0x277: 0x0606}))
     with pytest.raises(StateError, match=r"vCPU 7: MSR 0x277 cannot be restored to 0x606 on this host"):
         state.load(msr_vcpu({0x174: 0, 0x277: 0}, stuck=(0x277,)))
@@ -182,7 +231,7 @@ def test_an_msr_that_cannot_be_restored_is_named(fds: FdStore) -> None:
 
 def test_a_fixed_msr_that_differs_is_named(fds: FdStore) -> None:
     arena = Arena.open(fds)
-    state = MsrState(arena, 7, MsrList((), (0x8B, 0xCE)))
+    state = MsrState(arena, 7, MsrList((), (0x8B, 0xCE)), RAM)
     state.save(msr_vcpu({0x8B: 1, 0xCE: 5}))
     state.load(msr_vcpu({0x8B: 1, 0xCE: 5}))
     with pytest.raises(StateError, match=r"MSR 0xce is 0x5 in the guest and 0x6 on this host"):
@@ -191,7 +240,7 @@ def test_a_fixed_msr_that_differs_is_named(fds: FdStore) -> None:
 
 def test_an_msr_that_cannot_be_read_any_more_is_named(fds: FdStore) -> None:
     arena = Arena.open(fds)
-    state = MsrState(arena, 7, MsrList((0x174, 0x277), ()))
+    state = MsrState(arena, 7, MsrList((0x174, 0x277), ()), RAM)
     with pytest.raises(StateError, match="MSR 0x277 cannot be read any more"):
         state.save(msr_vcpu({0x174: 2}))
 
@@ -204,7 +253,7 @@ def test_a_section_that_is_no_list_of_msrs(fds: FdStore, size: int, count: int, 
     raw = arena.place("vcpu/msrs", 0, ctypes.c_ubyte * size, 1)
     raw[0] = count
     with pytest.raises(StateError, match=says):
-        MsrState(arena, 0, MsrList((0x174,), ()))
+        MsrState(arena, 0, MsrList((0x174,), ()), RAM)
 
 
 def test_without_sections_there_is_no_list(fds: FdStore) -> None:

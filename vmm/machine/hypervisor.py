@@ -232,13 +232,13 @@ class Hypervisor:
         fd = fds.get_or_open("fresh", 0, lambda: sealed_memfd("vmm-fresh", ARENA_SIZE))
         check_received("fresh", 0, fd, ARENA_SIZE)
         fresh = Arena(fd, create=born)
-        self._fresh_vcpus = [VcpuState(fresh, vcpu, facts, msrs) for vcpu in self.vcpus]
+        self._fresh_vcpus = [VcpuState(fresh, vcpu, facts, msrs, self.memory) for vcpu in self.vcpus]
         self._fresh_vm = VmState(fresh, self.vm, of_vm)
         if born:
             for state in self._fresh_vcpus:
                 state.save()
             self._fresh_vm.save()
-        self.vcpu_states = [VcpuState(self._arena, vcpu, facts, msrs) for vcpu in self.vcpus]
+        self.vcpu_states = [VcpuState(self._arena, vcpu, facts, msrs, self.memory) for vcpu in self.vcpus]
         self.vm_state = VmState(self._arena, self.vm, of_vm)
 
     def announce(self) -> None:

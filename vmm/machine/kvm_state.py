@@ -18,7 +18,7 @@ from typing import Any
 
 from vmm.kvm import Cap, Vcpu, Vm, abi, sized
 from vmm.machine.lapic_state import LapicSection, load_lapic, look_at_timer, save_lapic
-from vmm.machine.msr_state import MsrList, MsrState
+from vmm.machine.msr_state import MsrList, MsrState, Ram
 from vmm.machine.pit_state import load_pit
 from vmm.state import Arena
 
@@ -134,12 +134,12 @@ def _save_nested(vcpu: Vcpu, into: Any) -> None:
 class VcpuState:
     """The sections of one vCPU, and saving it to and loading it from them."""
 
-    def __init__(self, arena: Arena, vcpu: Vcpu, facts: VcpuFacts, msrs: MsrList) -> None:
+    def __init__(self, arena: Arena, vcpu: Vcpu, facts: VcpuFacts, msrs: MsrList, ram: Ram) -> None:
         """Find or make the sections. Raises StateError where sections made by another VMM do not fit this
         host.
         """
         self.vcpu = vcpu
-        pieces, msr_state = vcpu_pieces(facts), MsrState(arena, vcpu.index, msrs)
+        pieces, msr_state = vcpu_pieces(facts), MsrState(arena, vcpu.index, msrs, ram)
         self.sections: dict[str, Any] = {
             name: arena.place(f"vcpu/{name}", vcpu.index, piece.kind, PIECE_VERSION)
             for name, piece in pieces.items()

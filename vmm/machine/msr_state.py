@@ -3,6 +3,9 @@
 There is no list of MSRs here. KVM_GET_MSR_INDEX_LIST and KVM_GET_MSR_FEATURE_INDEX_LIST give one, without
 those that a CPU counts itself (memory type ranges, machine check banks, errata): of these the vCPU is asked.
 Each MSR is tried. One that this host cannot give the guest is named, and the guest stays where it is.
+
+Setting an MSR is not to change the guest's RAM: until the commit that is the old VMM's. One does, KVM's wall
+clock, so it is set apart from the others and once, and what it wrote is put back.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from vmm.errors import StateError
+from vmm.errors import StateError, VmmError
 from vmm.kvm import System, Vcpu, abi, sized
 from vmm.state import Arena, Section
 
@@ -26,7 +29,18 @@ MTRRCAP_FIX = 1 << 8
 IA32_MCG_CAP, IA32_MC0_CTL, IA32_MC0_CTL2 = 0x179, 0x400, 0x280
 COUNT = 0xFF  # how many variable ranges, how many banks
 OSVW = (0xC001_0140, 0xC001_0141)  # OS visible workarounds: AMD64 APM vol. 2, appendix A
+# Linux Documentation/virt/kvm/x86/msr.rst; both are one value of the VM's, where KVM writes the time
+WALL_CLOCKS = (0x11, 0x4B56_4D00)
+WALL_CLOCK_SIZE = 12  # struct pvclock_wall_clock
 _HEADER_SIZE = ctypes.sizeof(abi.kvm_msrs)
+
+
+class Ram(Protocol):
+    """The guest's RAM; VmmError where there is none."""
+
+    def read(self, gpa: int, length: int, /) -> bytes: ...
+
+    def write(self, gpa: int, data: bytes, /) -> None: ...
 
 
 def guest_msrs(system: System, vcpu: Vcpu) -> tuple[int, ...]:
@@ -100,11 +114,15 @@ class MsrList:
 class MsrState:
     """The MSRs of one vCPU in the state memfd."""
 
-    def __init__(self, arena: Arena, index: int, here: MsrList) -> None:
+    def __init__(self, arena: Arena, index: int, here: MsrList, ram: Ram) -> None:
         """Find the sections or make them. Raises StateError for one that lists an MSR this host lacks."""
+        self._ram = ram
         self.values = _place(arena, SETTABLE, index, here.settable, here.settable)
         self._fixed = _place(arena, FIXED, index, here.fixed, here.settable + here.fixed)
         self._fixed_here = _listing(_indices(self._fixed))
+        indices = _indices(self.values)
+        self._wall_clocks = [at for at, msr in enumerate(indices) if msr in WALL_CLOCKS]
+        self._others = _listing([msr for msr in indices if msr not in WALL_CLOCKS])
 
     def save(self, vcpu: Vcpu) -> None:
         """Read every MSR. Raises StateError naming one that cannot be read any more."""
@@ -120,13 +138,10 @@ class MsrState:
         """Set every MSR that can be set, compare the others. Raises StateError naming the first that
         differs.
         """
-        done = vcpu.set_msrs(self.values)
-        if done != self.values.nmsrs:
-            entry = self.values.entries[done]
-            raise StateError(
-                f"vCPU {vcpu.index}: MSR {entry.index:#x} cannot be restored to {entry.data:#x} on this "
-                "host; the guest cannot move here"
-            )
+        self._copy_others()
+        _set(vcpu, self._others)
+        if vcpu.index == 0:
+            self._load_wall_clock(vcpu)
         if not self._fixed.nmsrs:
             return
         vcpu.get_msrs(self._fixed_here)
@@ -136,6 +151,44 @@ class MsrState:
                     f"vCPU {vcpu.index}: MSR {there.index:#x} is {there.data:#x} in the guest and "
                     f"{here.data:#x} on this host, where it cannot be set; the guest cannot move here"
                 )
+
+    def _copy_others(self) -> None:
+        """Everything but the wall clock, to be set at once."""
+        size, start, to = ctypes.sizeof(abi.kvm_msr_entry), 0, ctypes.addressof(self._others.entries)
+        for end in (*self._wall_clocks, len(self.values.entries)):
+            ctypes.memmove(to, ctypes.addressof(self.values.entries) + start * size, (end - start) * size)
+            to, start = to + (end - start) * size, end + 1
+
+    def _load_wall_clock(self, vcpu: Vcpu) -> None:
+        """On one vCPU, for it is the VM's: KVM has what it wrote there put back."""
+        for at in self._wall_clocks:
+            single = _listing((self.values.entries[at].index,))
+            single.entries[0].data = gpa = self.values.entries[at].data
+            there = self._read_ram(gpa) if gpa else b""
+            try:
+                _set(vcpu, single)
+            finally:
+                if there:
+                    self._ram.write(gpa, there)
+
+    def _read_ram(self, gpa: int) -> bytes:
+        """As much as there is of what KVM may write."""
+        for size in range(WALL_CLOCK_SIZE, 0, -1):
+            try:
+                return self._ram.read(gpa, size)
+            except VmmError:
+                continue
+        return b""
+
+
+def _set(vcpu: Vcpu, block: Any) -> None:
+    done = vcpu.set_msrs(block)
+    if done != block.nmsrs:
+        entry = block.entries[done]
+        raise StateError(
+            f"vCPU {vcpu.index}: MSR {entry.index:#x} cannot be restored to {entry.data:#x} on this host; "
+            "the guest cannot move here"
+        )
 
 
 def _kind(count: int) -> type[Any]:

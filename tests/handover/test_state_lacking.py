@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+import vmm.machine.hypervisor
 from tests.handover.rig import Rig, rig
 from tests.processes import ROOT
 from vmm.cli import doctor
 from vmm.errors import HandoverError, HostError
 from vmm.kvm import CAPABILITIES, Cap, Capability, System, Vm
 from vmm.machine import host_report
+from vmm.machine.cpuid_state import can_nest, kept_cpuid
 from vmm.machine.kvm_state import STATE_NEEDS
 
 pytestmark = pytest.mark.kvm
@@ -42,6 +44,11 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cap], None]:
     return lack
 
 
+def nested(one: Rig) -> set[Cap]:
+    """What a guest needs that can run guests of its own."""
+    return {Cap.NESTED_STATE} if can_nest(kept_cpuid(one.machine.arena, 0).entries) else set()
+
+
 @pytest.mark.parametrize(
     "capability",
     [one for one in CAPABILITIES if not one.required and one.number not in NOT_HERE],
@@ -51,7 +58,7 @@ def test_the_rest_works(capability: Capability, lacking: Callable[[Cap], None]) 
     lacking(capability.number)
     with rig(kernel="sentinel", append=CHECKS) as one:
         one.wait_for(lambda results: True)
-        if capability.number in NEEDED_TO_REBUILD:
+        if capability.number in NEEDED_TO_REBUILD | nested(one):
             with pytest.raises(HandoverError, match=rf"no {capability.name}, so the guest's state cannot be"):
                 one.hand_over()
         else:
@@ -92,6 +99,41 @@ def test_what_is_lost_is_said_at_the_start(
         "WARNING",
         "this guest cannot be handed over to a new VM: this host's KVM has no KVM_CAP_DEBUGREGS",
     ) in said
+
+
+@pytest.mark.parametrize(
+    ("cap", "says"),
+    [
+        (Cap.VCPU_ATTRIBUTES, "KVM_CAP_VCPU_ATTRIBUTES: without it, the TSC jumps in such a handover"),
+        (
+            Cap.ADJUST_CLOCK,
+            "KVM_CAP_ADJUST_CLOCK: without it, kvmclock jumps in a handover that rebuilds the VM",
+        ),
+    ],
+    ids=lambda one: getattr(one, "name", ""),
+)
+def test_what_would_change_the_guest_is_a_warning(
+    cap: Cap, says: str, lacking: Callable[[Cap], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    lacking(cap)
+    with rig(kernel="sentinel", append=CHECKS):
+        assert ("WARNING", says) in [(record.levelname, record.message) for record in caplog.records]
+
+
+@pytest.mark.parametrize("nests", [True, False])
+def test_a_guest_that_can_run_guests_needs_nested_state(
+    nests: bool, lacking: Callable[[Cap], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking(Cap.NESTED_STATE)
+    monkeypatch.setattr(vmm.machine.hypervisor, "can_nest", lambda entries: nests)
+    with rig(kernel="sentinel", append=CHECKS) as one:
+        one.wait_for(lambda results: True)
+        if nests:
+            with pytest.raises(HandoverError, match="no KVM_CAP_NESTED_STATE, so the guest's state cannot"):
+                one.hand_over()
+        else:
+            one.hand_over()
+        one.go_on(turns=50)
 
 
 # --- doctor ---

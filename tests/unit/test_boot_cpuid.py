@@ -126,8 +126,29 @@ def test_amd(vendor: tuple[int, int, int]) -> None:
 def test_kvm_leaves_are_kept_and_timing_added() -> None:
     entries = guest(0, 1)
     assert find(entries, 0x4000_0000) == leaf(0x4000_0000, 0x4000_0010, *KVM)
-    assert find(entries, 0x4000_0001).eax == 0x0100_7EFB
+    assert find(entries, 0x4000_0001).eax == 0x0100_7E7B
     assert find(entries, 0x4000_0010) == leaf(0x4000_0010, 2_400_000, 1_000_000)
+
+
+def test_what_cannot_be_moved_is_not_offered() -> None:
+    """Shadow stacks and branch tracking; the paravirtual kick, but to a guest that has it already."""
+    host = [
+        *supported(),
+        leaf(7, 2, 0x10, 0xFFFF_FFFF, 0xFFFF_FFFF),
+        leaf(7, 5, 5, 0xFFFF_FFFF, 0xFFFF_FFFF, index=1),
+        leaf(0xD, 0xF, 0, 0x1900, index=1),
+        leaf(0xD, 16, 0, 1, index=11),
+        leaf(0xD, 24, 0, 1, index=12),
+    ]
+    entries = guest_cpuid(host, 0, 1, tsc_deadline=True)
+    assert find(entries, 7) == leaf(7, 2, 0x10, 0xFFFF_FF7F, 0xFFEF_FFFF)
+    assert find(entries, 7, 1) in host
+    assert find(entries, 0xD, 1).ecx == 0x100
+    assert {entry.index for entry in entries if entry.function == 0xD} == {0, 1}
+    assert find(entries, 0x4000_0001).eax == 0x0100_7E7B
+    moved = guest_cpuid(host, 0, 1, tsc_deadline=True, pv_unhalt=True)
+    assert find(moved, 0x4000_0001).eax == 0x0100_7EFB
+    assert find(moved, 7) == find(entries, 7)
 
 
 def test_timing_of_the_host_is_kept() -> None:

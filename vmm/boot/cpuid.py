@@ -4,7 +4,8 @@ Follows Intel SDM vol. 2 (CPUID), AMD APM vol. 3 appendix E, and for the hypervi
 Documentation/virt/kvm/x86/cpuid.rst. KVM_GET_SUPPORTED_CPUID (KVM API 4.46) leaves APIC ids and topology to
 its caller: they are those of whichever host CPU answered, or zeros. The topology here is one package of
 single-threaded cores, one a vCPU, whose APIC ids are the vCPU indices. It never offers a CPU feature that KVM
-did not.
+did not, nor one whose state KVM gives nobody to move: shadow stacks (the shadow stack pointer), KVM's
+paravirtual kick (one that is sent to a vCPU before it halts is kept where no ioctl reads it).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ FEATURES_LEAF = 0x1
 CACHE_LEAF = 0x4
 TOPOLOGY_LEAVES = (0xB, 0x1F)
 KVM_SIGNATURE_LEAF = 0x4000_0000
+KVM_FEATURES_LEAF = 0x4000_0001
+STRUCTURED_FEATURES_LEAF = 0x7
+XSAVE_LEAF = 0xD
 TIMING_LEAF = 0x4000_0010  # VMware's, by QEMU also used with KVM's signature: TSC and APIC bus kHz
 EXTENDED_FEATURES_LEAF = 0x8000_0001
 AMD_SIZES_LEAF = 0x8000_0008
@@ -44,6 +48,9 @@ HYPERVISOR = 1 << 31
 HTT = 1 << 28  # the package may hold several logical processors, so leaf 1 EBX[23:16] counts
 CMP_LEGACY = 1 << 1  # AMD: those logical processors are cores
 PDPE1GB = 1 << 26
+SHADOW_STACKS, BRANCH_TRACKING = 1 << 7, 1 << 20  # CET: leaf 7 ECX, EDX
+CET_STATES = (11, 12)  # sub-leaves of leaf 0xD, and bits of ECX of its sub-leaf 1
+PV_UNHALT = 1 << 7  # leaf 0x40000001 EAX
 
 SMT_LEVEL = 1  # level types of leaves 0xB and 0x1F, ECX[15:8]
 CORE_LEVEL = 2
@@ -88,6 +95,7 @@ class _Cpu:
     apic_id: int
     cpus: int
     tsc_deadline: bool
+    pv_unhalt: bool
 
     @property
     def id_bits(self) -> int:
@@ -108,25 +116,27 @@ def guest_cpuid(
     tsc_deadline: bool,
     tsc_khz: int | None = None,
     apic_bus_khz: int = KVM_APIC_BUS_KHZ,
+    pv_unhalt: bool = False,
 ) -> tuple[CpuidEntry, ...]:
     """The entries for KVM_SET_CPUID2 of vCPU `vcpu_index` of `cpus`, from those of KVM_GET_SUPPORTED_CPUID.
 
     `supported` is what counts of a kvm_cpuid2: `table.entries[: table.nent]`.
     `tsc_deadline` says that the kernel has KVM_CAP_TSC_DEADLINE_TIMER and the machine an in-kernel local
-    APIC. With `tsc_khz`, the guest can read both frequencies from leaf 0x40000010. Raises ConfigError for a
-    vCPU that no xAPIC id can name.
+    APIC. With `tsc_khz`, the guest can read both frequencies from leaf 0x40000010. With `pv_unhalt` the
+    paravirtual kick is offered if KVM does: not to new guests. Raises ConfigError for a vCPU that no xAPIC id
+    can name.
     """
     if not 0 <= vcpu_index < cpus <= MAX_CPUS:
         raise ConfigError(
             f"cpus: vCPU {vcpu_index} of {cpus} cannot have an APIC id; choose 1 to {MAX_CPUS} vCPUs"
         )
     entries = [_value(entry) for entry in supported]
-    cpu = _Cpu(vcpu_index, cpus, tsc_deadline)
+    cpu = _Cpu(vcpu_index, cpus, tsc_deadline, pv_unhalt)
     edits = _edits(amd=_is_amd(entries))
     guest = [
         edits.get(entry.function, _unchanged)(entry, cpu)
         for entry in entries
-        if entry.function not in HOST_TOPOLOGY
+        if entry.function not in HOST_TOPOLOGY and not _is_cet_state(entry)
     ]
     for function in TOPOLOGY_LEAVES:
         if any(entry.function == function for entry in entries):
@@ -175,6 +185,27 @@ def _features(entry: CpuidEntry, cpu: _Cpu) -> CpuidEntry:
     ebx = _with_field(ebx, 23, 16, cpu.last_id + 1)
     ecx = _with(entry.ecx | HYPERVISOR, TSC_DEADLINE, cpu.tsc_deadline)
     return replace(entry, ebx=ebx, ecx=ecx, edx=_with(entry.edx, HTT, cpu.cpus > 1))
+
+
+def _structured_features(entry: CpuidEntry, cpu: _Cpu) -> CpuidEntry:
+    if entry.index:
+        return entry
+    return replace(entry, ecx=entry.ecx & ~SHADOW_STACKS, edx=entry.edx & ~BRANCH_TRACKING)
+
+
+def _extended_states(entry: CpuidEntry, cpu: _Cpu) -> CpuidEntry:
+    """Leaf 0xD, sub-leaf 1: ECX has the states that IA32_XSS may enable."""
+    if entry.index != 1:
+        return entry
+    return replace(entry, ecx=entry.ecx & ~sum(1 << state for state in CET_STATES))
+
+
+def _is_cet_state(entry: CpuidEntry) -> bool:
+    return entry.function == XSAVE_LEAF and entry.index in CET_STATES
+
+
+def _kvm_features(entry: CpuidEntry, cpu: _Cpu) -> CpuidEntry:
+    return entry if cpu.pv_unhalt else replace(entry, eax=entry.eax & ~PV_UNHALT)
 
 
 def _cache_sharing(entry: CpuidEntry, cpu: _Cpu) -> CpuidEntry:
@@ -238,12 +269,18 @@ def _unchanged(entry: CpuidEntry, cpu: _Cpu) -> CpuidEntry:
 
 def _edits(*, amd: bool) -> dict[int, Callable[[CpuidEntry, _Cpu], CpuidEntry]]:
     """Leaf -> what becomes of its entries. A leaf that is only the other vendor's is left alone."""
+    common = {
+        FEATURES_LEAF: _features,
+        STRUCTURED_FEATURES_LEAF: _structured_features,
+        XSAVE_LEAF: _extended_states,
+        KVM_FEATURES_LEAF: _kvm_features,
+    }
     if amd:
         return {
-            FEATURES_LEAF: _features,
+            **common,
             EXTENDED_FEATURES_LEAF: _amd_extended_features,
             AMD_SIZES_LEAF: _amd_sizes,
             AMD_CACHE_LEAF: _cache_sharing,
             AMD_TOPOLOGY_LEAF: _amd_topology,
         }
-    return {FEATURES_LEAF: _features, CACHE_LEAF: _intel_cache}
+    return {**common, CACHE_LEAF: _intel_cache}

@@ -32,6 +32,7 @@ from vmm.state.arena import SIZE as ARENA_SIZE
 
 log = logging.getLogger(__name__)
 
+CHANGES_GUEST = (Cap.ADJUST_CLOCK, Cap.VCPU_ATTRIBUTES)  # without them a rebuilt guest's clocks jump
 TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFFFB_D000, 0xFFFB_C000  # four pages below 4 GiB that no RAM covers
 
 
@@ -114,7 +115,8 @@ class Hypervisor:
     def _say_what_is_lost(self) -> None:
         for one in probe(self._system):
             if not one.present:
-                log.info("%s: without it, %s", one.capability.name, one.capability.without)
+                level = logging.WARNING if one.capability.number in CHANGES_GUEST else logging.INFO
+                log.log(level, "%s: without it, %s", one.capability.name, one.capability.without)
         if lacking := self.cannot_be_saved():
             log.warning(
                 "this guest cannot be handed over to a new VM: this host's KVM has no %s", ", ".join(lacking)
@@ -170,7 +172,12 @@ class Hypervisor:
         vcpu = self._opened.enter_context(self.vm.create_vcpu(index))
         deadline = bool(self.vm.check(Cap.TSC_DEADLINE_TIMER)) and self._config.irqchip != "none"
         offered = guest_cpuid(
-            supported, index, self._config.cpus, tsc_deadline=deadline, tsc_khz=vcpu.tsc_khz
+            supported,
+            index,
+            self._config.cpus,
+            tsc_deadline=deadline,
+            tsc_khz=vcpu.tsc_khz,
+            pv_unhalt=self.origin is not Origin.NEW,  # who was born with it keeps it
         )
         if self.origin is Origin.NEW:
             keep_cpuid(self._arena, index, offered)
@@ -221,6 +228,11 @@ class Hypervisor:
             has, xsave_size = self.vm.check, self.vm.xsave_size
             msrs = MsrList.probe(self.vcpus[0], guest_msrs(self._system, self.vcpus[0]))
         nests = can_nest(kept_cpuid(self._arena, 0).entries)
+        self._needs = (
+            *STATE_NEEDS,
+            *([Cap.PIT_STATE2] if self.has_pit else []),
+            *([Cap.NESTED_STATE] if nests else []),
+        )
         facts = VcpuFacts(
             has=has,
             xsave_size=xsave_size,
@@ -248,8 +260,7 @@ class Hypervisor:
 
     def cannot_be_saved(self) -> list[str]:
         """What this host's KVM would have to have for the guest to move to another VM; usually nothing."""
-        needed = [*STATE_NEEDS, *([Cap.PIT_STATE2] if self.has_pit else [])]
-        return [f"KVM_CAP_{cap.name}" for cap in needed if not self._system.check(cap)]
+        return [f"KVM_CAP_{cap.name}" for cap in self._needs if not self._system.check(cap)]
 
     def save_chips(self) -> None:
         """Store what is the VM's and not a vCPU's. Every vCPU has stopped, and none of them is saved yet."""

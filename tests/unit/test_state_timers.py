@@ -96,6 +96,31 @@ def test_a_timer_that_may_not_interrupt_does_not(register: int, value: int) -> N
     assert not requested(state)
 
 
+@pytest.mark.parametrize("late_ns", [0, 1_000, 60_000, 199_000])
+def test_a_tick_that_nobody_has_noticed_yet_does_not_shift_the_others(late_ns: int) -> None:
+    """It reads as 0 left, from the tick on until it is noticed; a hundred handovers may all meet that."""
+    period_ns, grid_ns = 10 * MS, 5 * MS
+    section = lapic.LapicSection(registers=lapic_with(lapic.TimerMode.PERIODIC, initial=10 * MS, current=1))
+    section.expires_ns = grid_ns
+    for move in range(1, 101):
+        section.registers = lapic_with(lapic.TimerMode.PERIODIC, initial=10 * MS, current=0)
+        section.taken_ns = grid_ns + move * period_ns + late_ns
+        lapic._keep_step(section)
+        assert (section.expires_ns - grid_ns) % period_ns == 0
+        loaded = abi.kvm_lapic_state.from_buffer_copy(section.registers)
+        lapic.advance(loaded, grid_ns + move * period_ns + MS - section.taken_ns)
+        assert counts(loaded) == (10 * MS, 9 * MS)
+        assert requested(loaded)
+
+
+def test_a_new_grid_does_not_move_either() -> None:
+    """Where the timer is not in step with what it was, it has been armed anew: it is where it is read."""
+    section = lapic.LapicSection(registers=lapic_with(lapic.TimerMode.PERIODIC, initial=10 * MS, current=0))
+    section.expires_ns, section.taken_ns = 5 * MS, 88 * MS
+    lapic._keep_step(section)
+    assert (section.taken_ns, section.expires_ns) == (88 * MS, 88 * MS)
+
+
 @pytest.mark.parametrize(
     ("divide", "by"),
     [

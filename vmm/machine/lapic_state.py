@@ -145,12 +145,12 @@ def _keep_step(section: LapicSection) -> None:
     off by some microseconds, and they must not add up.
     """
     registers = section.registers
-    left_ns = remaining_ns(registers)
-    if not left_ns:
-        return
+    mode, left_ns = timer_mode(registers), remaining_ns(registers)
+    if not left_ns and mode is not TimerMode.PERIODIC:
+        return  # a periodic one has expired, at some time before it was read, and goes on
     expires_ns = section.taken_ns + left_ns
     off_ns = expires_ns - section.expires_ns
-    if timer_mode(registers) is TimerMode.PERIODIC:
+    if mode is TimerMode.PERIODIC:
         period_ns = read_register(registers, INITIAL_COUNT) * _unit_ns(registers)
         off_ns = (off_ns + period_ns // 2) % period_ns - period_ns // 2
     if abs(off_ns) > IN_STEP_NS:

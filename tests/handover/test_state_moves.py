@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,12 @@ import vmm.machine.hypervisor
 import vmm.machine.machine
 from tests.handover.rig import Rig, rig
 from tests.native import need_native_instructions
-from vmm.boot.cpuid import CpuidEntry, guest_cpuid
+from vmm.boot.cpuid import KVM_FEATURES_LEAF, PV_UNHALT, CpuidEntry, guest_cpuid
 from vmm.errors import StateError, VmmError
-from vmm.kvm import IoctlError, MpState, abi
+from vmm.kvm import Cap, IoctlError, MpState, Vm, abi
 from vmm.machine import kvm_state
 from vmm.machine import lapic_state as lapic
+from vmm.machine.cpuid_state import kept_cpuid
 from vmm.machine.irqfd import FIRST_MSI
 from vmm.machine.machine import Machine
 from vmm.machine.runstate import RunState
@@ -251,6 +253,41 @@ def test_an_nmi_that_waits(kept: bool) -> None:
         assert one.results().nmis == (1 if kept else 0)
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["moved", "dropped"])
+def test_what_needs_a_capability_to_be_enabled(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page fault that is pending, with the address that CR2 will have: the VM must have been told to show
+    it, before the handover and after.
+    """
+    one = Rig(kernel="hello64", paused=True)
+    try:
+        if not one.machine.hypervisor.vm.check(Cap.EXCEPTION_PAYLOAD):
+            pytest.skip("this kernel has no KVM_CAP_EXCEPTION_PAYLOAD (Linux 4.20)")
+        events = abi.kvm_vcpu_events()
+        one.machine.hypervisor.vcpus[0].get_events(events)
+        events.flags |= abi.KVM_VCPUEVENT_VALID_PAYLOAD
+        events.exception.pending, events.exception.nr = 1, 14
+        events.exception.has_error_code, events.exception.error_code = 1, 2
+        events.exception_has_payload, events.exception_payload = 1, 0x1234_5000
+        one.machine.hypervisor.vcpus[0].set_events(events)
+        if not kept:
+            enable = Vm.enable_cap
+
+            def enable_others(self: Vm, cap: Cap, *arguments: int) -> None:
+                if cap != Cap.EXCEPTION_PAYLOAD:
+                    enable(self, cap, *arguments)
+
+            monkeypatch.setattr(Vm, "enable_cap", enable_others)
+            with pytest.raises(IoctlError, match="KVM_SET_VCPU_EVENTS"):
+                one.hand_over()
+            return
+        one.hand_over()
+        one.machine.hypervisor.vcpus[0].get_events(events)
+        assert (events.exception.pending, events.exception.nr) == (1, 14)
+        assert (events.exception_has_payload, events.exception_payload) == (1, 0x1234_5000)
+    finally:
+        one.close()
+
+
 def test_no_nmi_in_the_middle_of_a_handover() -> None:
     with rig(**SENTINEL, append="checks=counter pattern=1M") as one:
         settled(one)
@@ -262,19 +299,34 @@ def test_no_nmi_in_the_middle_of_a_handover() -> None:
         one.hand_over(saved=inject)
 
 
+def wait_until_halted(machine: Machine, timeout_s: float = 20.0) -> None:
+    """Until the thread of the first vCPU sleeps, and goes on doing so: in KVM_RUN, in all likelihood."""
+    stat = Path(f"/proc/self/task/{machine.threads[0].native_id}/stat")
+    asleep, deadline = 0, time.monotonic() + timeout_s
+    while asleep < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.0001)
+        asleep = asleep + 1 if stat.read_text().rpartition(")")[2].split()[0] == "S" else 0
+
+
 def test_a_wake_up_that_is_due_in_the_pause() -> None:
     """The vCPU halts until its timer comes, and the pause is longer than that: it wakes up, late and once."""
     with rig(**SENTINEL, append="checks=timer,hlt pattern=1M") as one:
         settled(one)
         halted = 0
-        for _ in range(12):
-            one.hand_over(saved=lambda machine: time.sleep(0.03))
-            halted += any(
-                state.sections["mp_state"].mp_state == MpState.HALTED
-                for state in one.machine.hypervisor.vcpu_states
+        for _ in range(40):
+            old = one.machine
+            one.hand_over(
+                built=lambda new, old=old: wait_until_halted(old),  # type: ignore[misc]
+                saved=lambda machine: time.sleep(0.03),
             )
+            [state] = one.machine.hypervisor.vcpu_states
+            halted += state.sections["mp_state"].mp_state == MpState.HALTED
             one.go_on(turns=10)
+            if halted == 3:
+                break
         assert one.results().errors == 0
+        assert halted == 3
 
 
 @pytest.fixture
@@ -479,6 +531,32 @@ def test_a_host_that_offers_less_does_not_get_the_guest(monkeypatch: pytest.Monk
             one.hand_over()
         one.go_on()
         assert one.results().errors == 0
+
+
+def test_a_guest_that_was_born_with_the_paravirtual_kick_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one does not get it; an old one is not to lose it."""
+
+    def features(machine: Machine) -> int:
+        entries = kept_cpuid(machine.arena, 0).entries
+        return next(int(entry.eax) for entry in entries if entry.function == KVM_FEATURES_LEAF)
+
+    def with_kick(*how: Any, **more: Any) -> Sequence[CpuidEntry]:
+        return guest_cpuid(*how, **{**more, "pv_unhalt": True})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vmm.machine.hypervisor, "guest_cpuid", with_kick)
+        one = Rig(kernel="sentinel", append="checks=cpuid pattern=1M")
+    try:
+        if not features(one.machine) & PV_UNHALT:
+            pytest.skip("this KVM has no paravirtual kick")
+        settled(one)
+        one.hand_over()
+        assert features(one.machine) & PV_UNHALT
+        one.go_on()
+    finally:
+        one.close()
+    with rig(kernel="sentinel", append="checks=cpuid pattern=1M") as new:
+        assert not features(new.machine) & PV_UNHALT
 
 
 def test_a_vmm_that_offers_more_does_not_change_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.host import no_kvm
 from tests.processes import Spawn, become_subreaper, children, end_adopted
 
 KVM_DEVICE = Path("/dev/kvm")
@@ -47,11 +48,8 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def kvm_device() -> Path:
-    """A /dev/kvm that can be opened; without one the test skips, or fails if VMM_REQUIRE_KVM=1."""
-    try:
-        os.close(os.open(KVM_DEVICE, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        reason = f"{KVM_DEVICE} cannot be opened: {error.strerror}"
+    """A /dev/kvm that guests can run on; without one the test skips, or fails if VMM_REQUIRE_KVM=1."""
+    if reason := no_kvm(KVM_DEVICE):
         if os.environ.get("VMM_REQUIRE_KVM") == "1":
             pytest.fail(f"{reason} (VMM_REQUIRE_KVM=1)", pytrace=False)
         pytest.skip(reason)

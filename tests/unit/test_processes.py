@@ -7,10 +7,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.host import no_kvm
 from tests.processes import Spawn, children, end_adopted
+from vmm.kvm import Cap, DirectPort, abi
 
 ROOT = Path(__file__).parents[2]
 pytest_plugins = ["pytester"]
@@ -99,6 +102,39 @@ def test_socket_directory_is_private_and_short(tmp_socket_dir: Path) -> None:
     assert len(os.fsencode(tmp_socket_dir / ("x" * 80))) <= 107
 
 
+class FakeKvm(DirectPort):
+    """Answers as a KVM of that API version without some capabilities."""
+
+    def __init__(self, version: int = 12, lacking: tuple[Cap, ...] = ()) -> None:
+        self._version, self._lacking = version, lacking
+
+    def ioctl(self, fd: int, request: abi.Ioctl, arg: Any = 0) -> int:
+        answers = {"KVM_GET_API_VERSION": self._version, "KVM_CHECK_EXTENSION": arg not in self._lacking}
+        return answers.get(request.name, 4096)
+
+
+@pytest.mark.parametrize(
+    ("port", "sentence"),
+    [
+        (FakeKvm(), None),
+        (FakeKvm(lacking=(Cap.BINARY_STATS_FD,)), None),  # no guest needs it
+        (FakeKvm(version=11), "{} speaks KVM API version 11, not 12; use a Linux kernel of 2.6.22 or later"),
+        (
+            FakeKvm(lacking=(Cap.IMMEDIATE_EXIT,)),
+            (
+                "{} lacks KVM_CAP_IMMEDIATE_EXIT (a vCPU is stopped without losing the request); "
+                "use Linux 4.11 or later"
+            ),
+        ),
+    ],
+    ids=["all", "one less that is optional", "another API", "one less that is required"],
+)
+def test_a_kvm_that_opens_may_not_do(tmp_path: Path, port: FakeKvm, sentence: str | None) -> None:
+    device = tmp_path / "kvm"
+    device.touch()
+    assert no_kvm(device, port) == (None if sentence is None else sentence.format(device))
+
+
 def test_kvm_is_required_or_skipped(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     conftest = (ROOT / "tests/conftest.py").read_text().replace("/dev/kvm", "/dev/no-kvm-here")
     (pytester.path / "conftest.py").write_text(conftest)
@@ -110,7 +146,7 @@ def test_kvm_is_required_or_skipped(pytester: pytest.Pytester, monkeypatch: pyte
     monkeypatch.delenv("VMM_REQUIRE_KVM", raising=False)
     skipped = pytester.runpytest_subprocess(*options)
     skipped.assert_outcomes(skipped=2)
-    skipped.stdout.fnmatch_lines(["*/dev/no-kvm-here cannot be opened: No such file or directory"])
+    skipped.stdout.fnmatch_lines(["*/dev/no-kvm-here does not exist; enable virtualisation *"])
     monkeypatch.setenv("VMM_REQUIRE_KVM", "1")
     pytester.runpytest_subprocess(*options).assert_outcomes(errors=2)
     pytester.runpytest_subprocess(*options, "-m", "not kvm").assert_outcomes(deselected=2)

@@ -25,18 +25,21 @@ COPIED = (
     "vmm/__init__.py",
 )
 PROGRAMS = ("bash", "cat", "chmod", "cp", "cut", "dirname", "env", "flock", "mkdir", "rm", "sed", "sha256sum")
+NO_KVM = "/dev/kvm does not exist; run `modprobe kvm_intel`"  # as tests.host says it
 SETTING_UP = "scripts/demo: setting up .venv (once; needs the Python package index)"
 OLD_PYTHON = "import sys; sys.version_info = (3, 9, 2, 'final', 0)"
 BARE_PYTHON = "import sys; sys.modules['ensurepip'] = None"  # as Debian has it without python3-venv
 
 # Stands in for an interpreter with pip, so that no test needs a package index: `-m venv` makes a folder with
-# itself in it, `-m pip` writes down what it was asked, `-m pytest` says how it was called.
+# itself in it, `-m pip` writes down what it was asked, `-m pytest` says how it was called, `-m tests.host`
+# what stands in the file no-kvm.
 FAKE_PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
 *"-m venv"*) for folder; do :; done; rm -rf "$folder"; mkdir -p "$folder/bin" && cp "$0" "$folder/bin/python"
     printf '#!/usr/bin/env bash\\nprintf "%%s\\\\n" "$@"\\n' >"$folder/bin/vmm"; chmod +x "$folder/bin/vmm" ;;
 *"-m pip"*) echo "noise of pip"; printf '%s\\n' "$*" >>pip.log; [ ! -e no-index ] ;;
 *"import atheris"*) ;;
+*"-m tests.host"*) if [ -e no-kvm ]; then cat no-kvm >&2; exit 1; fi ;;
 *"-m tests.fuzz"*) shift 2; echo "fuzz got: $*" ;;
 *"-m pytest"*) shift 2; echo "CI: ${{CI:-no}}, KVM required: ${{VMM_REQUIRE_KVM:-no}}"
     echo "pytest got: $*" ;;
@@ -228,6 +231,25 @@ def test_pytest_comes_last_and_gets_the_arguments(script: Script, folder: Path) 
     fake_checks(folder)
     done = script("scripts/test", "-k", "two words")
     assert done.stdout.splitlines()[-1] == "pytest got: -k two words"
+    assert done.returncode == 0
+
+
+def test_a_kvm_that_is_required_and_lacks_something(script: Script, folder: Path) -> None:
+    add_fake_python(folder)
+    script("scripts/test")
+    (folder / "no-kvm").write_text(f"{NO_KVM}\n")
+    assert refusal(script("scripts/test", VMM_REQUIRE_KVM="1"), "scripts/test") == NO_KVM
+
+
+@pytest.mark.parametrize("required", ["", "0"])
+def test_without_kvm_the_others_are_tested(script: Script, folder: Path, required: str) -> None:
+    add_fake_python(folder)
+    script("scripts/test")
+    fake_checks(folder)
+    (folder / "no-kvm").write_text(f"{NO_KVM}\n")
+    done = script("scripts/test", "-k", "token", VMM_REQUIRE_KVM=required)
+    assert done.stderr == f"scripts/test: {NO_KVM}\n"
+    assert done.stdout.splitlines()[-1] == "pytest got: -k token"
     assert done.returncode == 0
 
 

@@ -2,7 +2,9 @@
 range.
 
 Unclaimed reads give all ones, as an empty bus does; unclaimed accesses are counted by address and logged once
-each. The tables are bounded, so that a hostile guest can fill neither memory nor log.
+each, as information: a guest may look for what is not there, as `sentinel` does for its test device. The
+tables are bounded, so that a hostile guest can fill neither memory nor log. They are this process's: the
+counts of QMP's `x-vmm-stats` begin anew in the VMM that a guest is handed to.
 """
 
 from __future__ import annotations

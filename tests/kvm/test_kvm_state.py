@@ -184,6 +184,24 @@ def test_msrs_say_how_many_were_processed() -> None:
         assert [entry.data for entry in block.entries] == [0x1234_5000, 0x6789_A000, 0]
 
 
+@pytest.mark.parametrize("missing", [None, 100, 255, 699])
+def test_any_number_of_msrs(missing: int | None) -> None:
+    """KVM itself takes fewer than 256 at once."""
+    with ram_of(HLT) as ram, machine_on(ram) as machine:
+        machine.vcpu.set_cpuid(machine.system.supported_cpuid())
+        block = sized(abi.kvm_msrs, 700)(nmsrs=700)
+        for at, entry in enumerate(block.entries):
+            entry.index = MSR_LSTAR if at != missing else 0xDEAD_BEEF
+            entry.data = 0x1000 + at
+        processed = 700 if missing is None else missing
+        assert machine.vcpu.set_msrs(block) == processed
+        assert machine.vcpu.get_msrs(block) == processed
+        assert {entry.data for entry in block.entries[:processed]} == {0x1000 + processed - 1}
+        assert [entry.data for entry in block.entries[processed:]] == [
+            0x1000 + at for at in range(processed, 700)
+        ]
+
+
 def test_cpuid_round_trip() -> None:
     with ram_of(HLT) as ram, machine_on(ram) as machine:
         given = machine.system.supported_cpuid()

@@ -2,7 +2,7 @@
 
 KVM serialises a vCPU's ioctls with KVM_RUN, so all but `immediate_exit` block while another thread runs it:
 stop it first. State goes into and comes from structures that the caller owns, and nothing is allocated on the
-way. This module must never decide what an exit means.
+way but for a list of more MSRs than KVM takes at once. This module must never decide what an exit means.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable
-from ctypes import sizeof
-from typing import Final, Self
+from ctypes import addressof, memmove, sizeof
+from typing import Any, Final, Self
 
 from vmm.kvm import abi
-from vmm.kvm.abi import Exit, sized
+from vmm.kvm.abi import Exit, Ioctl, sized
 from vmm.kvm.port import IoctlError, Port
 
 _SIGSET_SIZE: Final = 8  # the kernel's sigset_t: bit N-1 is signal N
 _PAGE_SIZE: Final = 4096
+_MOST_MSRS: Final = 255  # below MAX_IO_MSRS, arch/x86/kvm/x86.c
 
 
 def _map(fd: int, size: int) -> mmap.mmap:
@@ -222,11 +223,29 @@ class Vcpu:
 
     def get_msrs(self, block: abi.kvm_msrs) -> int:
         """KVM_GET_MSRS of the indices in `block`: how many were read; KVM does not know the next one."""
-        return self._ioctl(self.fd, abi.KVM_GET_MSRS, block)
+        return self._on_msrs(abi.KVM_GET_MSRS, block)
 
     def set_msrs(self, block: abi.kvm_msrs) -> int:
         """KVM_SET_MSRS: how many were written; the next one, or its value, was refused."""
-        return self._ioctl(self.fd, abi.KVM_SET_MSRS, block)
+        return self._on_msrs(abi.KVM_SET_MSRS, block)
+
+    def _on_msrs(self, request: Ioctl, block: abi.kvm_msrs) -> int:
+        """KVM takes so many in one call: more of them go in parts."""
+        if block.nmsrs <= _MOST_MSRS:
+            return self._ioctl(self.fd, request, block)
+        done = 0
+        while done < block.nmsrs:
+            count = min(block.nmsrs - done, _MOST_MSRS)
+            part: Any = sized(abi.kvm_msrs, count)(nmsrs=count)
+            size = sizeof(abi.kvm_msr_entry)
+            there = addressof(block) + sizeof(abi.kvm_msrs) + done * size
+            memmove(part.entries, there, count * size)
+            did = self._ioctl(self.fd, request, part)
+            memmove(there, part.entries, did * size)
+            done += did
+            if did < count:
+                break
+        return done
 
     # --- time ---
 

@@ -165,15 +165,19 @@ class _OutgoingView:
 
 
 class _IncomingView:
-    """The machine as an incoming handover sees it; `held` says that it is to stay paused on arrival."""
+    """The machine as an incoming handover sees it; `held` says that it is to stay paused on arrival,
+    `resumed` hears that it is served.
+    """
 
-    def __init__(self, machine: Machine, held: Callable[[], bool]) -> None:
+    def __init__(self, machine: Machine, held: Callable[[], bool], resumed: Callable[[], None]) -> None:
         self._machine = machine
         self._held = held
+        self._resumed = resumed
         self.load = machine.load
 
     def resume(self, *, running: bool) -> None:
         self._machine.resume(running=running and not self._held())
+        self._resumed()
 
 
 class VmmProcess:
@@ -188,8 +192,10 @@ class VmmProcess:
         self._fds = FdStore()
         self._token: RunToken | None = None
         self._machine: Machine | None = None
-        self._owner = False  # the guest runs here
+        self._owner = False  # the guest runs here, or is about to
+        self._claimed = False  # and who looks for it finds it here
         self._ends_vm = False  # the VM is to end with this process
+        self._rebuilt_elsewhere = False  # the guest may have left our VM for another VMM's
         self._retired: socket.socket | None = None  # the keeper of the VM that the guest has left
         self._spare: Port | None = None  # a keeper that is started and not needed yet
         self._held = options.paused
@@ -242,6 +248,7 @@ class VmmProcess:
         self._confine()
         self._token = RunToken.open(self._fds)
         self._machine = self._new_machine(config, self._fds, self._token, port, Origin.NEW, image)
+        self._machine.state.orphan_ms = self._orphan_ms()
         if not self._token.take(0):
             raise VmmError("a new machine's run token is held by another process")
         self._own()
@@ -259,9 +266,11 @@ class VmmProcess:
             raise
         return port
 
+    def _orphan_ms(self) -> int:
+        return round(self._options.orphan_timeout_s * 1000)
+
     def _start_keeper(self) -> Port:
-        options = self._options
-        return start_keeper(options.keeper_path, options.orphan_timeout_s, options.sandbox)
+        return start_keeper(self._options.keeper_path, self._options.sandbox)
 
     def _end_spare(self) -> None:
         """End the keeper that was started in case this process would make the VM: it does not."""
@@ -310,24 +319,52 @@ class VmmProcess:
         self._machine.load()
         self._machine.resume(running=not self._machine.state.paused, after_crash=True)
         for name, index in _surplus(self._fds):
-            log.warning("fd %s/%d came with the guest, and nothing here has a use for it; closed", name, index)
+            log.warning("fd %s/%d came with the guest, and nothing here needs it; closed", name, index)
             self._fds.remove(name, index)
         self._own()
 
     def _find_guest(self) -> Port:
-        """The port to the guest's VM. A keeper whose VM the guest has left, without ending it, is ended."""
+        """The port to the guest's VM. Keepers whose VM the guest has left, without ending them, are ended."""
+        found: Port | None = None
+        failure: VmmError = HandoverError(
+            "no keeper has the guest: it ended with the VMM that it was handed to"
+        )
         for path in self._options.attach:
-            fds = FdStore()
-            port = find_keeper(path, fds)
+            try:
+                port = self._look_into(path)
+            except VmmError as error:
+                log.warning("%s: %s", path, error)
+                failure = error
+            else:
+                found = found or port
+        if found is None:
+            raise failure
+        return found
+
+    def _look_into(self, path: str) -> Port | None:
+        """The port to the VM of the keeper at `path`, its fds being ours from here on, if that is the guest's
+        VM; if not, that keeper is ended. Raises PeerError, StateError.
+        """
+        fds = FdStore()
+        try:
+            return self._if_at_home(find_keeper(path, fds), fds, path)
+        finally:
+            if fds is not self._fds:
+                fds.close()
+
+    def _if_at_home(self, port: Port, fds: FdStore, path: str) -> Port | None:
+        try:
             fds.get("state")
             fds.received()
             if home_of(Arena.open(fds)) == port.identity:
                 self._fds = fds
                 return port
             log.warning("%s: the guest has left that keeper's VM; it is ended", path)
-            fds.close()
-            end_stale_keeper(port)
-        raise HandoverError("no keeper has the guest: it ended with the VMM that it was handed to")
+        except BaseException:
+            port.close(for_good=False)
+            raise
+        end_stale_keeper(port)
+        return None
 
     def _new_machine(
         self,
@@ -356,19 +393,27 @@ class VmmProcess:
             raise
 
     def _own(self) -> None:
+        """The guest is here: be found by who looks for it, and hear of its VM's end. The loop's thread."""
+        if self._exit.done():
+            return
         self._owner = self._ends_vm = True
-        self._options.owned()
+        self._claim()
         assert self._machine is not None
         port = self._machine.hypervisor.port
         if port.lifeline is not None:
             self._loop.add_reader(port.lifeline, self._vm_ended, port)
 
+    def _claim(self) -> None:
+        if not self._claimed:
+            self._claimed = True
+            self._options.owned()
+
     def _vm_ended(self, port: Port) -> None:
-        """What the VM lived in has ended, and we have not asked it to."""
+        """What the VM lived in has ended, and we have not asked it to: the VMM that serves it may have."""
         assert port.lifeline is not None
         self._loop.remove_reader(port.lifeline)
-        if self._owner:
-            port.lost()
+        port.lost()
+        if self._owner and self._token is not None and self._token.held:
             self._crashed(HostError("the keeper of the VM has ended, and the guest with it"))
 
     def _on_signal(self, number: int) -> None:
@@ -382,13 +427,16 @@ class VmmProcess:
 
     def _close(self) -> None:
         for world in (self._outgoing, self._incoming):
-            if world is not None:
+            if world is not None and world.phase is not incoming.Phase.TAKEN:  # then it is as good as over
                 world.cancel.set("the VMM is ending")
         if self._carrier is not None:
             self._carrier.join(self._timeouts.setup_s)
+        if self._owner:
+            self._claim()  # what is left of who had the guest before goes too
         self._end_spare()
         if self._machine is not None:
-            self._machine.close(for_good=self._ends_vm)
+            stale = self._rebuilt_elsewhere and not self._machine.is_home
+            self._machine.close(for_good=self._ends_vm or stale)
         if self._retired is not None:
             self._retired.close()
         self._monitor.close()
@@ -711,6 +759,11 @@ class VmmProcess:
                 self._tell("MIGRATION", {"status": status})
 
     def _on_outgoing_phase(self, phase: outgoing.Phase, error: str | None) -> None:
+        assert self._machine is not None
+        if phase is outgoing.Phase.OFFERED:
+            self._machine.offered()
+        elif phase is outgoing.Phase.COMMITTED:
+            self._machine.let_go()
         self._error = error
         self._set_status(outgoing.STATUS[phase])
 
@@ -725,9 +778,9 @@ class VmmProcess:
             clients.close()
             self._release_events()
         if phase in (outgoing.Phase.COMPLETED, outgoing.Phase.LOST):
-            adopted = world.report.method == "adopt"
-            self._owner, self._ends_vm = False, not adopted
-            if adopted and phase is outgoing.Phase.LOST:
+            self._owner = self._ends_vm = False
+            self._rebuilt_elsewhere = world.report.method == "rebuild"
+            if phase is outgoing.Phase.LOST and self._lives_on():
                 self._post(self._leave_guest, self._error, HandoverError.exit_code)
         log.log(
             logging.INFO if phase is outgoing.Phase.COMPLETED else logging.WARNING,
@@ -735,6 +788,11 @@ class VmmProcess:
             phase.value,
             f": {self._error}" if self._error else "",
         )
+
+    def _lives_on(self) -> bool:
+        """Whether the guest, which was taken from us, lives in a keeper now: the one it was in or another."""
+        assert self._machine is not None
+        return bool(self._machine.state.home)
 
     # --- the new side ---
 
@@ -782,7 +840,7 @@ class VmmProcess:
         self._machine = machine
         unused = OLD_VM_FDS if choice.probe == WORKS else frozenset()  # a keeper's, which is not needed then
         _refuse_surplus([row for row in _surplus(fds) if row[0] not in unused])
-        return _IncomingView(machine, lambda: self._held), choice
+        return _IncomingView(machine, lambda: self._held, lambda: self._post(self._own)), choice
 
     def _choose(self, fds: FdStore) -> Choice:
         """Adopt or rebuild: by what the kernel says, what there is, and what was asked for."""
@@ -804,8 +862,17 @@ class VmmProcess:
         return Choice("rebuild", f"the kernel says {probe}, and there is no keeper", received, probe)
 
     def _on_incoming_phase(self, phase: incoming.Phase, error: str | None) -> None:
+        if phase is incoming.Phase.TAKEN:
+            self._owner = self._ends_vm = True
+            self._keep_orphan_timeout()
         self._error = error
         self._set_status(incoming.STATUS[phase])
+
+    def _keep_orphan_timeout(self) -> None:
+        """That of the VM which the guest leaves holds for a new one as well, where no other is given."""
+        assert self._machine is not None
+        if self._machine.hypervisor.origin is Origin.REBUILT and self._options.orphan_timeout_s:
+            self._machine.state.orphan_ms = self._orphan_ms()
 
     def _carry_in(self, world: LiveIncoming) -> None:
         try:
@@ -818,13 +885,14 @@ class VmmProcess:
         self._post(self._received if phase is incoming.Phase.COMPLETED else self._not_received)
 
     def _received(self) -> None:
+        if self._exit.done():  # the guest has ended already
+            return
         self._tracer.role = "old"
         assert self._machine is not None
         assert self._arriving is not None
         assert self._incoming is not None
         self._arriving.arrive(self._monitor, self._incoming.clients)
         self._release_events()
-        self._own()
         if self._retired is not None:
             retired, self._retired = self._retired, None
             try:

@@ -4,19 +4,28 @@ new one has it leaves it with the old one.
 
 from __future__ import annotations
 
+import base64
+import errno
 import os
 import re
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.handover.rig import RESULTS_GPA
 from tests.handover.stage import Side, Stage, connect, ended, open_fds, wait_for
+from tests.kvm.keeping import RawVmm
 from tests.processes import Spawn
+from vmm.cpr.channel import CancelSwitch, Listener
+from vmm.cpr.protocol import Ready, State
 from vmm.errors import HandoverError
+from vmm.kvm import keeper
+from vmm.report.results import CPU_SIZE, HEADER_SIZE, ResultsError, parse_results
 
 pytestmark = pytest.mark.kvm
 
@@ -142,6 +151,52 @@ def test_a_guest_that_never_ran(stage: Stage) -> None:
     assert stage.hear() >= 3
 
 
+def turns(side: Side) -> int:
+    """What the sentinel counts in its own memory, which it needs no VMM for."""
+    answer = side.client.execute("x-vmm-read-memory", {"gpa": RESULTS_GPA, "size": HEADER_SIZE + CPU_SIZE})
+    return parse_results(base64.b64decode(answer["data"])).cpus[0].turns
+
+
+def test_a_guest_that_is_held_on_arrival_stands_still(stage: Stage) -> None:
+    old = stage.start("sentinel", "--keeper", guest=None)
+    wait_for("the guest", lambda: old.client.execute("query-status")["running"] and started(old))
+    new = stage.await_guest("-S")
+    assert stage.migrate(old, new)["status"] == "completed"
+    wait_for("the guest in the new VMM", lambda: new.state == "paused")
+    before = turns(new)
+    time.sleep(0.2)
+    assert turns(new) == before
+    new.client.execute("system_reset")
+    assert new.state == "paused"
+    new.client.execute("cont")
+    wait_for("the guest's start", lambda: started(new))
+
+
+def started(side: Side) -> bool:
+    try:
+        before = turns(side)
+    except ResultsError:
+        return False
+    time.sleep(0.05)
+    return turns(side) > before
+
+
+def test_a_guest_that_ends_before_its_new_vmm_could_say_that_it_runs(stage: Stage, spawn: Spawn) -> None:
+    """The guest is the new VMM's from the moment on that this has the run token, and so is its end."""
+    old = stage.start("ticker", "--append=rate=20 count=60", "--keeper", guest=None)
+    stage.hear(3)
+    vm = vm_of(old)
+    new = faulty_new(stage, spawn, "incoming:send_running:delay:3500")
+    assert stage.migrate(old, new)["status"] == "completed"
+    assert new.process.wait() == 1, new.process.output()  # the guest's own status
+    assert "Traceback" not in new.process.stderr
+    assert stage.out.read_bytes().endswith(b"done\r\n")
+    wait_for("the keeper's end", lambda: ended(vm["process"]), 2.0)
+    assert old.state == "postmigrate"
+    old.client.execute("quit")
+    assert old.process.wait() == 0
+
+
 def test_the_guest_may_be_reset_and_stopped_afterwards(stage: Stage) -> None:
     new = stage.replace(stage.start("--keeper"))
     stage.hear()
@@ -218,10 +273,12 @@ def test_a_new_vmm_that_fails_before_the_commit_leaves_the_guest(
     stage.hear()
     vm = vm_of(old)
     new = faulty_new(stage, spawn, f"incoming:{fault}")
+    fds = open_fds(old.process.pid)
     assert stage.migrate(old, new)["status"] == "failed"
     assert (old.state, vm_of(old)) == ("running", vm)
     stage.hear(20)
     new.process.wait()
+    wait_for("the fds to be as before", lambda: open_fds(old.process.pid) == fds)
     stage.replace(old)
     stage.hear(20)
 
@@ -283,6 +340,50 @@ def test_the_old_vmm_dies_after_it_has_let_go(stage: Stage, spawn: Spawn) -> Non
     old.process.wait()
     wait_for("the guest in the new VMM", lambda: new.state == "running")
     assert vm_of(new) == vm
+    stage.hear(20)
+
+
+@contextmanager
+def played(stage: Stage, old: Side) -> Iterator[tuple[RawVmm, socket.socket]]:
+    """A handover to this test, which says that it adopts: its connection to the keeper, and main, on which
+    the old VMM has said that the guest waits.
+    """
+    cancel = CancelSwitch()
+    listeners = [Listener(str(stage.folder / name)) for name in ("cpr", "main")]
+    new = Side(old.process, old.monitor, old.client, stage.folder / "main", stage.folder / "cpr")
+    old.client.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
+    old.client.execute("migrate", {"channels": new.channels})
+    cpr = listeners[0].accept(20, cancel)
+    offer, fds = cpr.receive(20)
+    keeper_fd = next(fd for row, fd in zip(offer.fds, fds, strict=True) if row.name == "keeper")
+    vmm = RawVmm(socket.socket(fileno=os.dup(keeper_fd)))
+    for fd in fds:
+        os.close(fd)
+    cpr.send(Ready("adopt", "so it says", received=True, probe="EIO"))
+    cpr.close()
+    main = listeners[1].accept(20, cancel)
+    assert isinstance(main.receive(20)[0], State)
+    try:
+        yield vmm, main._sock
+    finally:
+        vmm.close()
+        main.close()
+        for listener in listeners:
+            listener.close()
+        cancel.close()
+
+
+def test_a_new_vmm_cannot_take_the_vm_before_the_commit(stage: Stage) -> None:
+    """Though it has a connection to the keeper; and whatever it says, the old VMM has the guest."""
+    old = stage.start("--keeper", FLOOD)
+    stage.hear()
+    with played(stage, old) as (vmm, main):
+        assert vmm.ask(keeper.OP_ATTACH)[1] == errno.EBUSY
+        main.sendall(b"rubbish" * 10)
+        assert stage.outcome(old)["status"] == "failed"
+        assert old.state == "running"
+        stage.hear(20)
+    stage.replace(old)
     stage.hear(20)
 
 

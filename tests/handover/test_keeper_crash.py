@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -12,17 +13,27 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from tests.handover.kept import NAME, KeptGuest, repeats
+from tests.handover.rig import NoReactor
 from tests.handover.stage import Stage, ended, wait_for
 from tests.processes import Spawn
-from vmm.errors import HandoverError, HostError, UsageError
+from vmm.cli.handover import unix_channel
+from vmm.errors import HandoverError, HostError, PeerError, UsageError
+from vmm.fds import FdStore
+from vmm.kvm import Port
 from vmm.kvm import keeper as keeper_process
 from vmm.kvm.keeper_port import KeeperPort
-from vmm.machine.machine import MachineState
+from vmm.machine.config import MachineConfig
+from vmm.machine.hypervisor import Origin
+from vmm.machine.machine import Machine, MachineState
+from vmm.machine.ports import find_keeper
+from vmm.sockets import listen
 from vmm.state import Arena
+from vmm.trace import Tracer
 
 pytestmark = pytest.mark.kvm
 
@@ -206,6 +217,106 @@ def test_a_vm_that_the_guest_has_left_is_not_attached_to(guest: KeptGuest) -> No
     wait_for("the keeper's end", lambda: ended(keeper))
 
 
+def test_keepers_that_the_guest_has_left_are_ended_whatever_their_order(guest: KeptGuest) -> None:
+    """Those that a VMM serves, and what is no keeper of a guest's, are passed over."""
+    guest.run()
+    guest.hear()
+    keeper = guest.keeper
+    guest.kill()
+    with (
+        other_keeper(guest, "0") as served,
+        other_keeper(guest, "x") as left,
+        other_keeper(guest, "z") as last,
+    ):
+        for port in (left, last):
+            port.live_on(0.0)
+            port.close()
+        (guest.folder / "keeper-y.sock").touch()
+        guest.attach()
+        assert guest.keeper == keeper
+        for port in (left, last):
+            wait_for("its end", lambda port=port: ended(port.pid))  # type: ignore[misc]
+        assert not ended(served.pid)
+        assert f"process {served.pid}, serves another VMM that lives" in guest.vmm.stderr
+        served.close(for_good=True)
+    guest.hear()
+
+
+@contextmanager
+def other_keeper(guest: KeptGuest, name: str) -> Iterator[KeeperPort]:
+    """A keeper with the guest's name and state, and not the guest; attached to."""
+    with listen(str(guest.folder / f"keeper-{name}.sock"), "keeper", socket.SOCK_SEQPACKET) as listener:
+        port = KeeperPort.start(listener)
+    kept = KeeperPort.connect(str(next(guest.folder.glob("keeper-[1-9]*.sock"))))
+    for row in kept.table():
+        if row.name == "state":
+            port.store(row.name, row.id, row.fd)
+        os.close(row.fd)
+    kept.close()
+    try:
+        yield port
+    finally:
+        port.close()
+
+
+def test_a_vm_is_the_guests_home_only_if_it_lives_on(kvm_device: Path) -> None:
+    """A VMM may be killed between the two."""
+
+    class Unwilling(KeeperPort):
+        def live_on(self, orphan_timeout_s: float) -> None:
+            raise PeerError("killed")
+
+    port = Unwilling.start()
+    machine = one_machine(FdStore(), port, Origin.NEW)
+    with pytest.raises(PeerError, match="killed"):
+        machine.start()
+    assert machine.state.home == 0
+    assert not machine.is_home
+    close_machine(machine)
+
+
+def test_the_next_vmm_listens_to_irqfds_that_the_last_one_had_released(tmp_socket_dir: Path) -> None:
+    """It was killed while it saved the guest for a handover that never came."""
+    path = tmp_socket_dir / "keeper.sock"
+    with listen(str(path), "keeper", socket.SOCK_SEQPACKET) as listener:
+        port = KeeperPort.start(listener)
+    fds = FdStore()
+    fds.deposit(port)
+    machine = one_machine(fds, port, Origin.NEW)
+    machine.irqfds.open(0, 5)
+    machine.start()
+    machine.irqfds.release()
+    close_machine(machine, for_good=False)
+    fds = FdStore()
+    machine = one_machine(fds, find_keeper(str(path), fds), Origin.ADOPTED)
+    eventfd = machine.irqfds.open(0, 5)
+    machine.resume(running=True, after_crash=True)
+    with pytest.raises(OSError, match="KVM_IRQFD") as caught:
+        machine.hypervisor.vm.assign_irqfd(eventfd, 5)
+    assert caught.value.errno == errno.EBUSY  # it is assigned
+    close_machine(machine)
+
+
+def one_machine(fds: FdStore, port: Port, origin: Origin) -> Machine:
+    """A ticker whose serial line is nobody's."""
+    return Machine(
+        MachineConfig(kernel="ticker", serial="null", memory=64 << 20).check(),
+        fds,
+        port=port,
+        origin=origin,
+        tracer=Tracer("one"),
+        reactor=NoReactor(),
+        listener=mock.Mock(),
+        may_run=lambda: True,
+    )
+
+
+def close_machine(machine: Machine, *, for_good: bool = True) -> None:
+    machine.close(for_good=for_good)
+    machine.memory.close()
+    machine.fds.close()
+
+
 def test_a_keeper_that_dies_ends_its_vmm(guest: KeptGuest) -> None:
     guest.run()
     os.kill(guest.keeper, signal.SIGKILL)
@@ -224,6 +335,50 @@ def test_the_orphan_timeout(guest: KeptGuest) -> None:
     wait_for("the keeper's end", lambda: ended(keeper))
     assert 2.5 < time.monotonic() - started < 6
     assert not list(guest.folder.glob("keeper-*"))
+
+
+def test_the_orphan_timeout_moves_into_another_keeper(guest: KeptGuest) -> None:
+    guest.run("--orphan-timeout=2")
+    first = guest.keeper
+    handed = guest.verb("handover", NAME, "--mode=rebuild")
+    assert handed.wait(60) == 0, handed.output()
+    guest.connect_to(int(os.readlink(guest.folder / "qmp.sock")[len("qmp-") : -len(".sock")]))
+    keeper = guest.keeper
+    assert keeper != first
+    assert guest.client is not None
+    guest.kill_process(guest.client.pid)
+    started = time.monotonic()
+    wait_for("the keeper's end", lambda: ended(keeper))
+    assert 1.5 < time.monotonic() - started < 5
+
+
+def test_an_old_vmm_that_lingers_keeps_nobody_from_attaching(guest: KeptGuest) -> None:
+    """It has given the guest to a VMM that is killed before anybody has told the old one to quit."""
+    guest.run(append="rate=50")
+    guest.hear()
+    main, cpr = guest.folder / "m", guest.folder / "c"
+    new = guest.verb(
+        *("run", "-v", f"--name={NAME}", f"--incoming=unix:{main}"),
+        f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={cpr}",
+    )
+    wait_for("the new VMM", cpr.exists)
+    old, client = guest.vmm, guest.client
+    assert client is not None
+    client.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
+    client.execute("migrate", {"channels": [unix_channel("main", main), unix_channel("cpr", cpr)]})
+    wait_for("its end", lambda: client.execute("query-migrate")["status"] == "completed")
+    wait_for("the link", lambda: os.readlink(guest.folder / "qmp.sock") == f"qmp-{new.pid}.sock")
+    new.signal(signal.SIGKILL)
+    new.popen.wait()
+    guest.kills += 1
+    guest.client = None
+    guest.attach()
+    guest.hear()
+    client.execute("quit")
+    client.close()
+    assert old.wait() == 0, old.output()
+    guest.hear()
+    guest.quit()
 
 
 def test_without_a_name_nobody_could_come(stage: Stage) -> None:

@@ -350,8 +350,8 @@ def test_it_can_wait_for_ever(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as listener:
         listener.bind(str(path))
         listener.listen()
-        port = KeeperPort.start(listener, 0.0)
-    port.live_on()
+        port = KeeperPort.start(listener)
+    port.live_on(0.0)
     pidfd = os.dup(port.lifeline)
     try:
         port.close()

@@ -140,14 +140,17 @@ class RecordingPort:
     def lifeline(self) -> None:
         return None
 
-    def live_on(self) -> None:
-        self.calls.append(("live_on",))
+    def live_on(self, orphan_timeout_s: float) -> None:
+        self.calls.append(("live_on", orphan_timeout_s))
 
     def lost(self) -> None:
         self.calls.append(("lost",))
 
     def fd_rows(self, *, offer: bool) -> list[tuple[str, int, int]]:
         return []
+
+    def close_offer(self) -> None:
+        self.calls.append(("close_offer",))
 
     def run(self, vcpu_fd: int) -> bool:
         if isinstance(self.run_result, IoctlError):

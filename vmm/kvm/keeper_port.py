@@ -11,7 +11,9 @@ import array
 import errno
 import mmap
 import os
+import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -26,9 +28,12 @@ from vmm.errors import HostError, PeerError
 from vmm.kvm import abi, keeper
 from vmm.kvm.abi import Ioctl
 from vmm.kvm.port import KICKED, Argument, Bitmap, IoctlError, ioctl_error
+from vmm.sockets import check_peer
 
 ANSWER_TIMEOUT_S = 10.0
 ATTACH_TIMEOUT_S = 1.0  # for the kernel to close the connection of a VMM that has just been killed
+ENDING_TIMEOUT_S = 10.0  # from the keeper's last word to its end
+UNREACHABLE_S = 2.0  # how long a keeper waits for a VMM where none could ever find it
 NAP_S = 0.01
 NO_FD = -1
 
@@ -81,13 +86,13 @@ class KeeperPort:
     OWN_NAMES: ClassVar[frozenset[str]] = frozenset({SLOTS_NAME, GO_NAME, DONE_NAME})
 
     def __init__(
-        self, sock: socket.socket, orphan_timeout_s: float = 0.0, spin: int = keeper.SPIN_WITH_CORES
+        self, sock: socket.socket, *, findable: bool = True, spin: int = keeper.SPIN_WITH_CORES
     ) -> None:
         """Ask who is there. Raises PeerError where that is no keeper, or one of another version."""
         sock.settimeout(ANSWER_TIMEOUT_S)
         self.pid = -1
         self._identity = 0
-        self._orphan_timeout_s = orphan_timeout_s
+        self._findable = findable
         self._spin = spin
         self._spin_ns = 0
         self._sock = sock
@@ -111,6 +116,9 @@ class KeeperPort:
 
     def _greet(self) -> None:
         _, payload, fds = self._do(keeper.OP_HELLO, "say who it is")
+        if len(fds) != 1 or len(payload) != keeper.HELLO.size:
+            _close_all(fds)
+            raise PeerError("what answers is no keeper")
         (self._life,) = fds
         protocol, self.pid, self._identity = keeper.HELLO.unpack(payload)
         if protocol != keeper.PROTOCOL:
@@ -123,16 +131,14 @@ class KeeperPort:
     def start(
         cls,
         listener: socket.socket | None = None,
-        orphan_timeout_s: float = 0.0,
         program: Callable[[int], bytes] = lambda _: b"",
         ruleset: int = -1,
         spin: int = keeper.SPIN_WITH_CORES,
     ) -> KeeperPort:
         """Start a keeper process and attach to it; `listener` is where VMMs that come later will find it.
 
-        Once told to live on it ends that long after the last VMM has gone (0: never). It confines itself to
-        the seccomp filter `program(its pid)` and the Landlock ruleset of that fd, where given. Raises
-        HostError.
+        It confines itself to the seccomp filter `program(its pid)` and the Landlock ruleset of that fd, where
+        given. Raises HostError.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         given = [theirs.fileno(), -1 if listener is None else listener.fileno(), ruleset]
@@ -155,11 +161,15 @@ class KeeperPort:
         with suppress(BrokenPipeError), process.stdin as stdin:  # one that has ended is noticed below
             stdin.write(program(process.pid))
         try:
-            port = cls(ours, orphan_timeout_s, spin)
+            port = cls(ours, findable=listener is not None, spin=spin)
         except PeerError as error:
             raise HostError(f"the keeper process does not start: {error}") from error
         port._is_child = True
-        port.attach()
+        try:
+            port.attach()
+        except BaseException:
+            port.close()
+            raise
         return port
 
     @classmethod
@@ -168,9 +178,13 @@ class KeeperPort:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             sock.connect(path)
+            check_peer(sock, "keeper")
         except OSError as error:
             sock.close()
             raise PeerError(f"no keeper answers at {path}: {error.strerror}") from error
+        except PeerError:
+            sock.close()
+            raise
         return cls(sock)
 
     def take_over(self, rows: Iterable[HeldFd], fds: Mapping[tuple[str, int], int]) -> None:
@@ -226,8 +240,7 @@ class KeeperPort:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 received.frombytes(content[: len(content) - len(content) % 4])
         if len(answer) < keeper.REPLY.size:
-            for one in received:
-                os.close(one)
+            _close_all(received)
             self._broken = f"the keeper, process {self.pid}, has ended"
             raise PeerError(self._broken)
         result, number, _ = keeper.REPLY.unpack_from(answer)
@@ -236,6 +249,7 @@ class KeeperPort:
     def _do(self, op: int, what: str, **arguments: Any) -> tuple[int, bytes, list[int]]:
         result, number, payload, fds = self._ask(op, **arguments)
         if number:
+            _close_all(fds)
             raise PeerError(f"the keeper, process {self.pid}, refuses to {what}: {os.strerror(number)}")
         return result, payload, fds
 
@@ -273,23 +287,32 @@ class KeeperPort:
 
     def fd_rows(self, *, offer: bool) -> list[tuple[str, int, int]]:
         """See `Port.fd_rows`: the slots, each vCPU's eventfds and, on `offer`, a new connection to the keeper
-        for the next VMM. That is this port's to close, until the next offer.
+        for the next VMM. While a copy of that is here the keeper cannot see that the next VMM ends.
         """
         rows = [(SLOTS_NAME, 0, self._slots_fd)]
         for index, (go, done) in self._events.items():
             rows += [(GO_NAME, index, go), (DONE_NAME, index, done)]
         if offer:
-            if self._offered is not None:
-                self._offered.close()
+            self.close_offer()
             self._offered = self.make_successor()
             rows.append((KEEPER_NAME, 0, self._offered.fileno()))
         return rows
+
+    def close_offer(self) -> None:
+        """See `Port.close_offer`."""
+        if self._offered is not None:
+            self._offered.close()
+            self._offered = None
 
     def make_successor(self) -> socket.socket:
         """A connection for a VMM that will attach once this one has detached."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._do(keeper.OP_SUCCESSOR, "take a successor", fds=[theirs.fileno()])
+            try:
+                self._do(keeper.OP_SUCCESSOR, "take a successor", fds=[theirs.fileno()])
+            except BaseException:
+                ours.close()
+                raise
         return ours
 
     @property
@@ -302,9 +325,9 @@ class KeeperPort:
         """See `Port.identity`: a random number of the keeper's."""
         return self._identity
 
-    def live_on(self) -> None:
-        """See `Port.live_on`: for the time that `start` was told."""
-        self.set_orphan_timeout(self._orphan_timeout_s)
+    def live_on(self, orphan_timeout_s: float) -> None:
+        """See `Port.live_on`. A guest that nobody could find does not wait for anybody."""
+        self.set_orphan_timeout(orphan_timeout_s if self._findable else UNREACHABLE_S)
 
     def set_orphan_timeout(self, seconds: float) -> None:
         """How long the keeper, and the guest with it, lives once no VMM is connected; 0: for ever."""
@@ -329,7 +352,7 @@ class KeeperPort:
             try:
                 self._do(keeper.OP_QUIT, "end")
                 if self._is_child:
-                    os.waitid(os.P_PIDFD, self._life, os.WEXITED)  # no zombie is left
+                    self._reap()
             except PeerError:
                 if self._broken is None:
                     raise  # it lives
@@ -341,9 +364,16 @@ class KeeperPort:
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        if self._offered is not None:
-            self._offered.close()
+        self.close_offer()
         self._sock.close()
+
+    def _reap(self) -> None:
+        """Leave no zombie. Raises PeerError where it does not end, though it has said so."""
+        poll = select.poll()
+        poll.register(self._life, select.POLLIN)
+        if not poll.poll(ENDING_TIMEOUT_S * 1000):
+            raise PeerError(f"the keeper, process {self.pid}, has not ended within {ENDING_TIMEOUT_S:g} s")
+        os.waitid(os.P_PIDFD, self._life, os.WEXITED)
 
     def store(self, name: str, index: int, fd: int) -> None:
         """Have the keeper hold a copy of `fd` under that name, for whoever attaches after this process. What
@@ -370,17 +400,19 @@ class KeeperPort:
     def table(self) -> list[HeldFd]:
         """Everything the keeper holds under a name, with new copies of the fds for this process."""
         rows: list[HeldFd] = []
+        opened: list[int] = []
         try:
             while True:
                 total, payload, fds = self._do(keeper.OP_TABLE, "say what it holds", arguments=[len(rows)])
-                for at, fd in enumerate(fds):
-                    name, index, number = keeper.NAME.unpack_from(payload, at * keeper.NAME.size)
+                opened += fds
+                for (name, index, number), fd in zip(keeper.NAME.iter_unpack(payload), fds, strict=True):
                     rows.append(HeldFd(name.rstrip(b"\0").decode(), index, number, fd))
                 if len(rows) >= total or not fds:
                     return rows
-        except BaseException:
-            for row in rows:
-                os.close(row.fd)
+        except BaseException as error:
+            _close_all(opened)
+            if isinstance(error, (ValueError, struct.error)):
+                raise PeerError(f"the keeper, process {self.pid}, sends a table that is none") from error
             raise
 
     # --- Port ---
@@ -573,3 +605,8 @@ class KeeperPort:
         """See `Port.waiting_ns`."""
         runner = self._runners[vcpu_fd]
         return time.monotonic_ns() - runner.words[keeper.SINCE] if runner.exit else None
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

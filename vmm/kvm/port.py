@@ -186,8 +186,10 @@ class Port(Protocol):
         """
         ...
 
-    def live_on(self) -> None:
-        """From here on the VM is worth keeping: where it can, it lives on without this process."""
+    def live_on(self, orphan_timeout_s: float) -> None:
+        """From here on the VM is worth keeping: where it can, it lives on without this process, for that long
+        once no VMM is there (0: for ever).
+        """
         ...
 
     @property
@@ -207,8 +209,12 @@ class Port(Protocol):
 
     def fd_rows(self, *, offer: bool) -> list[tuple[str, int, int]]:
         """`(name, id, fd)` of what this port drives the VM with and, on `offer`, of what the next process
-        needs to reach it.
+        needs to reach it. What is offered is the port's to close, at `close_offer`.
         """
+        ...
+
+    def close_offer(self) -> None:
+        """What was offered has been sent, or never will be: from here on only the next process has it."""
         ...
 
 
@@ -360,7 +366,7 @@ class DirectPort:
     def identity(self) -> int:
         return 0
 
-    def live_on(self) -> None:
+    def live_on(self, orphan_timeout_s: float) -> None:
         """Nothing to do: it cannot."""
 
     @property
@@ -375,3 +381,6 @@ class DirectPort:
 
     def fd_rows(self, *, offer: bool) -> list[tuple[str, int, int]]:
         return []
+
+    def close_offer(self) -> None:
+        """Nothing to do: nothing is offered."""

@@ -86,7 +86,7 @@ class MachineState(ctypes.LittleEndianStructure):
         ("exit_status", ctypes.c_uint32),
         ("resets", ctypes.c_uint32),
         ("paused", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("orphan_ms", ctypes.c_uint32),  # how long the VM lives on without a VMM, where it can; 0: for ever
         ("home", ctypes.c_uint64),  # what the VM lives in: see `Port.identity`
     )
 
@@ -357,6 +357,11 @@ class Machine:
             self.state.paused = new is RunState.PAUSED
         self._listener.run_state_changed(old, new)
 
+    @property
+    def is_home(self) -> bool:
+        """Whether the guest lives in this VM, whoever serves it."""
+        return bool(self.state.home == self.hypervisor.port.identity)
+
     def start(self, *, paused: bool = False) -> None:
         """Run a new machine for the first time, or leave it `paused`."""
         with self._lock:
@@ -365,9 +370,9 @@ class Machine:
             self._go(RunState.PAUSED if paused else RunState.RUNNING)
 
     def _settle_in(self) -> None:
-        """From here on the guest lives in this VM, and nowhere else."""
+        """From here on the guest lives in this VM, and nowhere else: one that is its home must live on."""
+        self.hypervisor.port.live_on(self.state.orphan_ms / 1000)
         self.state.home = self.hypervisor.port.identity
-        self.hypervisor.port.live_on()
 
     def _go(self, to: RunState) -> None:
         """Enter `to`; where that is RUNNING, let the vCPUs go (a reset asked for earlier is done first)."""
@@ -548,8 +553,6 @@ class Machine:
                 self.tracer.mark("vcpus-saved")
                 if self.state.ended:
                     raise HandoverError("the guest ended while it was being stopped")
-                if keep_running:
-                    self.hypervisor.port.detach()
                 self.tracer.mark("saved")
             except BaseException:
                 self.roll_back()
@@ -614,6 +617,12 @@ class Machine:
                 self._go(self._resume_to)
             self.tracer.mark("rolled-back")
 
+    def let_go(self) -> None:
+        """The commit: from here on another VMM may drive the very VM."""
+        with self._lock:
+            if self._keeps_running:
+                self.hypervisor.port.detach()
+
     def gave_up(self) -> None:
         """The handover is committed: the guest is another VMM's for good."""
         with self._lock:
@@ -641,7 +650,7 @@ class Machine:
         """
         with self._lock:
             if self.hypervisor.origin is Origin.ADOPTED:
-                self._take_over(after_crash=after_crash)
+                self._take_over(running=running, after_crash=after_crash)
             else:
                 for thread in self.threads:
                     thread.begin_anew()
@@ -655,7 +664,7 @@ class Machine:
             self.tracer.mark("resumed")
             self._console_step(self.chardev.start)
 
-    def _take_over(self, *, after_crash: bool) -> None:
+    def _take_over(self, *, running: bool, after_crash: bool) -> None:
         """Drive the very VM that another VMM drove."""
         port = self.hypervisor.port
         port.attach()
@@ -669,7 +678,8 @@ class Machine:
         if after_crash:
             state = self.arena.place("serial", 0, SerialState)
             self._irq(COM1_IRQ).set(bool(state.irq_level))  # it may not have come to that
-        if self.state.reset_pending:
+            self.irqfds.release()  # as the last VMM may have done, or not: they are given to the VM again
+        if self.state.reset_pending or not running:
             self._gather()
 
     def hold_fds(self) -> None:
@@ -679,8 +689,13 @@ class Machine:
         self.chardev.hold()
         self.hypervisor.announce()
 
+    def offered(self) -> None:
+        """What `fd_table` offered has been sent."""
+        self.hypervisor.port.close_offer()
+
     def release_fds(self) -> None:
         """Undo `hold_fds`, where the handover ended before the guest was stopped."""
+        self.hypervisor.port.close_offer()
         self.chardev.thaw()
 
     def fd_table(self, *, offer: bool = False) -> list[tuple[str, int, int]]:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from vmm.errors import StateError
@@ -31,8 +32,12 @@ __all__ = [
 ]
 
 KEEPER_PROTOCOL = keeper.PROTOCOL  # what a VMM and a keeper must agree on; none before it is understood
-UNREACHABLE_S = 2.0  # how long a keeper waits for a VMM where none could ever find it
+
 AT_ONCE_S = 0.001
+# Where a received fd must be the file that the keeper has, for the guest's memory and state are in it
+MEMORY = frozenset({"ram", "guest-memfd", "state", "fresh", "token"})
+# What cannot be told apart, and is taken from the keeper, whoever else has sent one of that name
+OF_KVM = KeeperPort.OWN_NAMES | {"vm", "vcpu"}
 
 
 def direct_port() -> Port:
@@ -40,24 +45,19 @@ def direct_port() -> Port:
     return DirectPort()
 
 
-def start_keeper(path: str | None, orphan_timeout_s: float, sandbox: Mode) -> Port:
+def start_keeper(path: str | None, sandbox: Mode) -> Port:
     """A new keeper, attached to this process; at `path`, if any, VMMs that come after a crash find it.
 
-    Once told to live on, it ends with the guest `orphan_timeout_s` after the last VMM (0: never). Raises
-    ConfigError, HostError.
+    Raises ConfigError, HostError.
     """
     with ExitStack() as cleanup:
         listener = None
-        if path is None:
-            orphan_timeout_s = UNREACHABLE_S
-        else:
+        if path is not None:
             listener = cleanup.enter_context(listen(path, "keeper", socket.SOCK_SEQPACKET))
         ruleset = keeper_ruleset(sandbox, path)
         if ruleset >= 0:
             cleanup.callback(os.close, ruleset)
-        return KeeperPort.start(
-            listener, orphan_timeout_s, partial(keeper_program, sandbox, ioctls=keeper.ISSUED), ruleset
-        )
+        return KeeperPort.start(listener, partial(keeper_program, sandbox, ioctls=keeper.ISSUED), ruleset)
 
 
 def has_keeper(fds: FdStore) -> bool:
@@ -73,7 +73,7 @@ def take_keeper(fds: FdStore) -> socket.socket | None:
 
 def adopt_from_keeper(fds: FdStore) -> Port:
     """The way to a VM whose keeper's connection is among the received fds; `attach` when the guest is
-    ours.
+    ours. What the old VMM has sent must be what the keeper has under those names.
 
     Raises StateError, PeerError.
     """
@@ -81,41 +81,64 @@ def adopt_from_keeper(fds: FdStore) -> Port:
     if sock is None:
         raise StateError(f"fd {KEEPER_NAME}/0 is missing from the fd table")
     port = KeeperPort(sock)
-    rows = port.table()
-    try:
-        _take_over(port, rows, fds)
-    finally:
-        for row in rows:
-            os.close(row.fd)
+    with _closed_on_error(port):
+        rows = port.table()
+        spare = {row.fd for row in rows}
+        try:
+            for row in rows:
+                if row.name in OF_KVM and fds.find(row.name, row.id) is not None:
+                    fds.remove(row.name, row.id)
+                    fds.add(row.name, row.id, row.fd)
+                    spare.remove(row.fd)
+                elif row.name in MEMORY:
+                    _check_same(row, fds.get(row.name, row.id))
+            _take_over(port, rows, fds)
+        finally:
+            for fd in spare:
+                os.close(fd)
     return port
+
+
+def _check_same(row: HeldFd, received: int) -> None:
+    """That a received fd is the very file that the keeper has. Raises StateError."""
+    ours, theirs = os.fstat(received), os.fstat(row.fd)
+    if (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino):
+        raise StateError(f"fd {row.name}/{row.id} is not the one that the keeper has; refused")
+
+
+@contextmanager
+def _closed_on_error(port: KeeperPort) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        port.close()
+        raise
 
 
 def find_keeper(path: str, fds: FdStore) -> Port:
     """The way to the VM of the keeper that listens at `path`, whose VMM is gone; `fds` gets all that it
     holds.
 
-    Raises PeerError where no keeper answers, StateError for an fd that is not what its name says.
+    Raises PeerError where no keeper answers, StateError for an fd that is not what its name says; `fds` is
+    the caller's to close in any case.
     """
     port = KeeperPort.connect(path)
-    rows = port.table()
-    for row in rows:
-        fds.add(row.name, row.id, row.fd)
-    for row in rows:
-        if row.name == ADMITTED_NAME:
-            fds.remove(row.name, row.id)
-        else:
-            check_received(row.name, row.id, row.fd)
-    _take_over(port, rows, fds)
+    with _closed_on_error(port):
+        rows = port.table()
+        for row in rows:  # each name is there once: they are the keys of the keeper's table
+            fds.add(row.name, row.id, row.fd)
+        for row in rows:
+            if row.name == ADMITTED_NAME:
+                fds.remove(row.name, row.id)
+            else:
+                check_received(row.name, row.id, row.fd)
+        _take_over(port, rows, fds)
     return port
 
 
 def _take_over(port: KeeperPort, rows: list[HeldFd], fds: FdStore) -> None:
     """`port` drives the VM that is in `fds`, and owns those fds that are its own."""
-    try:
-        port.take_over(rows, {(name, index): fd for name, index, fd in fds.items()})
-    except BaseException:
-        port.close()
-        raise
+    port.take_over(rows, {(name, index): fd for name, index, fd in fds.items()})
     for name, index, _ in list(fds.items()):
         if name in KeeperPort.OWN_NAMES:
             fds.take(name, index)
@@ -141,5 +164,9 @@ def end_stale_keeper(port: Port) -> None:
     """End a keeper that `find_keeper` has found, whose VM the guest has left. Raises PeerError where it has a
     VMM.
     """
-    port.attach()
-    port.close(for_good=True)
+    try:
+        port.attach()
+        port.close(for_good=True)
+    except BaseException:
+        port.close(for_good=False)
+        raise

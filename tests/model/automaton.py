@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Coroutine, Generator, Hashable
+from dataclasses import dataclass
 from enum import Enum
 from types import FrameType
 from typing import Any, NamedTuple
@@ -49,13 +50,19 @@ async def ask(step: str) -> str:
     return label
 
 
-class Position(NamedTuple):
-    """Where a coroutine stands: one entry a frame, and the step it waits for (None: it has ended)."""
+@dataclass(frozen=True, eq=False)
+class Position:
+    """Where a coroutine stands: one entry a frame, and the step it waits for (None: it has ended). An
+    automaton has one object for each, so that they are told apart by being another.
+    """
 
     phase: Enum | None
     frames: tuple[Hashable, ...]
     step: str | None
     raised: str | None = None  # the exception that nobody caught
+
+
+DEAD = Position(None, (), None)  # of a process that acts no more
 
 
 class Transition(NamedTuple):
@@ -103,6 +110,7 @@ class Automaton:
 
     def __init__(self, start: Callable[[], tuple[OracleWorld, Coroutine[Ask, str, Any]]]) -> None:
         self._start = start
+        self._known: dict[Hashable, Position] = {}
         self._ways: dict[Position, tuple[str, ...]] = {}
         self._transitions: dict[tuple[Position, str], Transition] = {}
         self.runs = 0
@@ -133,13 +141,20 @@ class Automaton:
                 world.entered.clear()
                 asked = coroutine.send(label)
         except StopIteration:
-            return Position(world.phase, (), None), tuple(world.entered)
+            return self._position(world.phase, (), None), tuple(world.entered)
         except Exception as error:  # noqa: BLE001 - whatever nobody caught is what the rules ask for
-            return Position(world.phase, (), None, f"{type(error).__name__}: {error}"), tuple(world.entered)
+            raised = f"{type(error).__name__}: {error}"
+            return self._position(world.phase, (), None, raised), tuple(world.entered)
         try:
-            return Position(world.phase, _frames(coroutine), asked.step), tuple(world.entered)
+            return self._position(world.phase, _frames(coroutine), asked.step), tuple(world.entered)
         finally:
             coroutine.close()
+
+    def _position(
+        self, phase: Enum | None, frames: tuple[Hashable, ...], step: str | None, raised: str | None = None
+    ) -> Position:
+        key = (phase, frames, step, raised)
+        return self._known.setdefault(key, Position(phase, frames, step, raised))
 
 
 def _frames(coroutine: Any) -> tuple[Hashable, ...]:

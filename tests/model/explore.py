@@ -12,8 +12,9 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tests.model.automaton import Automaton, Position
+from tests.model.automaton import DEAD, Automaton, Position
 from tests.model.world import (
+    FATAL,
     NAMES,
     NEW,
     OLD,
@@ -22,6 +23,7 @@ from tests.model.world import (
     ModelOutgoing,
     Step,
     World,
+    attach,
     close_all,
     put,
 )
@@ -46,6 +48,7 @@ class Variant:
     steps: dict[str, Step] | None = None  # in place of those of STEPS
     faults: bool = True  # without: no crash, stop, loss, cancel, timeout or failure
     lock_dies_with_holder: bool = True
+    adopt: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Explorer:
         self._steps = STEPS | (variant.steps or {})
         self._faults = variant.faults
         self._lock_dies = variant.lock_dies_with_holder
+        self._adopt = variant.adopt
 
         def start_old() -> tuple[ModelOutgoing, Coroutine[Any, Any, Any]]:
             world = variant.outgoing_world()
@@ -95,7 +99,7 @@ class Explorer:
 
     def explore(self) -> Result:
         """Search it all."""
-        first = Node((self._automata[OLD].initial, self._automata[NEW].initial), World())
+        first = Node((self._automata[OLD].initial, self._automata[NEW].initial), World(adopt=self._adopt))
         came_from: dict[Node, tuple[Node, str] | None] = {first: None}
         backwards: dict[Node, list[Node]] = {}
         violations: dict[str, Node] = {}
@@ -135,6 +139,8 @@ class Explorer:
         world = node.world
         if not any(_can_act(world, side) for side in (OLD, NEW)):
             return  # there is nobody left to do anything wrong
+        if self._faults and world.adopt and world.holder is None and not world.alive[OLD]:
+            yield "! a VMM attaches", Node(node.positions, attach(world))
         for side in (OLD, NEW):
             if not world.alive[side]:
                 yield from self._dying(node, side)
@@ -174,7 +180,12 @@ class Explorer:
             yield f"{NAMES[side]}'s locks are dropped", Node(node.positions, after)
 
     def _stepped(self, node: Node, side: int, label: str, world: World) -> Node:
+        step = node.positions[side].step
+        if step in FATAL and label in UNRELIABLE:
+            return _ended(node, side, _killed(node.world, side))
         transition = self._automata[side].step(node.positions[side], label)
+        if world.epoch < node.world.epoch:
+            world = world.violate("the epoch goes back")
         for phase, with_error in transition.phases:
             for rule in _rules_on_entering(phase, with_error, world):
                 world = world.violate(rule)
@@ -186,7 +197,7 @@ class Explorer:
 def _ended(node: Node, side: int, world: World) -> Node:
     """`side` will never act again: forget all that only its acts could depend on."""
     return Node(
-        put(node.positions, side, Position(None, (), None)),
+        put(node.positions, side, DEAD),
         world._replace(
             copy=put(world.copy, side, None),
             expected=put(world.expected, side, 0),
@@ -251,6 +262,10 @@ def _rules_at_the_end(node: Node) -> Iterator[str]:
     """
     world = node.world
     old, new = (_can_act(world, side) for side in (OLD, NEW))
+    if world.attached:
+        return
+    if world.adopt and not any(world.guest) and world.holder is not None and _can_act(world, world.holder):
+        yield "nobody serves the guest, and a VMM that lives keeps others from attaching"
     if old and new:
         if not any(world.guest):
             yield "both VMMs live and neither has the guest"
@@ -273,7 +288,7 @@ def _end(node: Node) -> tuple[str, str, str]:
             return str(phase.value)
         return "stopped" if node.world.alive[at] else "dead"
 
-    where = [NAMES[at] for at in (OLD, NEW) if node.world.guest[at]]
+    where = [NAMES[at] for at in (OLD, NEW) if node.world.guest[at]] + ["attached"] * node.world.attached
     return side(OLD), side(NEW), where[0] if where else "nobody"
 
 

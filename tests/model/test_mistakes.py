@@ -44,6 +44,7 @@ def lines(indent: int, *statements: str) -> str:
     return "".join(f"{' ' * indent}{statement}\n" for statement in statements)
 
 
+TELL_NEW = lines(8, "reason = await _withdraw(world, str(error))")
 ROLL_BACK = lines(8, "if paused:", "    await world.keep_token()", "    await world.roll_back()")
 RELEASE = lines(4, "await world.release_token()", "try:", "    await world.send_commit()")
 ARBITRATE = lines(8, "return await _arbitrate(world, error)")
@@ -69,6 +70,15 @@ OLD_MISTAKES = {
     "the guest goes on, then the epoch is moved": (
         [(ROLL_BACK, lines(8, "if paused:", "    await world.roll_back()", "    await world.keep_token()"))],
         "the new VMM lets a stale copy of the guest go",
+    ),
+    "what goes wrong in telling the new VMM ends the old one": (
+        [
+            (
+                f"{TELL_NEW}        phase = Phase",
+                f"{lines(8, 'reason = str(error)', 'await world.withdraw(reason)')}        phase = Phase",
+            )
+        ],
+        "old ends with an exception: OSError: [Errno 12] Cannot allocate memory",
     ),
     "a failure leaves the guest stopped": (
         [(ROLL_BACK, "")],
@@ -205,6 +215,16 @@ def shared_lock(world: World, side: int) -> Outcomes:
     return [("got", world._replace(holder=side))]
 
 
+def set_back(world: World, side: int) -> Outcomes:
+    return [("ok", move_epoch(world, side)._replace(epoch=world.epoch - 1))]
+
+
+def keep_hold(world: World, side: int) -> Outcomes:
+    if world.epoch == world.expected[side]:
+        return STEPS["check_epoch"](world, side)
+    return [("moved", world)]
+
+
 class MovesTheEpochLate(ModelIncoming):
     async def run(self) -> None:
         await ask("run")
@@ -225,6 +245,18 @@ WORLD_MISTAKES = {
             },
         ),
         "the old VMM lets a stale copy of the guest go",
+    ),
+    "the epoch is set back": (
+        Variant(steps={"keep_token": set_back}),
+        "the epoch goes back",
+    ),
+    "a stale lock is kept, and nobody can attach": (
+        Variant(steps={"check_epoch": keep_hold}, adopt=True),
+        "nobody serves the guest, and a VMM that lives keeps others from attaching",
+    ),
+    "two serve a guest that lives in its keeper": (
+        Variant(steps={"try_for_a_while": shared_lock}, adopt=True),
+        "the guest is in two VMMs",
     ),
     "a wait without a deadline": (
         Variant(steps={"receive_prepared": without_deadline}),

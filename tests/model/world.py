@@ -11,6 +11,10 @@ any moment, since a deadline knows nothing of what the other side is doing: so a
 treatment, nor one that is stopped and continued. A guest that is handed over paused differs in nothing: who
 has it may run it at any time.
 
+In an `adopt` the guest lives in its keeper: `guest` then says who serves it. There is one state of it and no
+copy to go stale, it does not die with a VMM, and once the old VMM is gone an operator may attach a third one,
+which takes the lock like any other.
+
 What is assumed: a process that has begun to die drops its lock while the others still ask for it
 (`vmm.cpr.live.Timeouts.commit_s` says for how long they do).
 """
@@ -26,6 +30,7 @@ from vmm.cpr.outgoing import TokenVerdict
 from vmm.errors import StateError
 
 OLD, NEW = 0, 1
+ATTACHED = 2  # who holds the lock, where that is a VMM which has attached
 NAMES = ("old", "new")
 T = TypeVar("T")
 
@@ -62,6 +67,8 @@ class Channel(NamedTuple):
 class World(NamedTuple):
     """All that both sides share, and what the rules must remember. Pairs are indexed by side."""
 
+    adopt: bool = False
+    attached: bool = False  # a third VMM serves the guest
     alive: tuple[bool, bool] = (True, True)
     hung_up: tuple[bool, bool] = (False, False)  # a dead process's sockets are closed
     let_go: tuple[bool, bool] = (False, False)  # a dead process's lock is dropped
@@ -105,6 +112,10 @@ class World(NamedTuple):
     def violate(self, rule: str) -> World:
         """With a broken rule, unless one is broken already."""
         return self._replace(violation=self.violation or rule)
+
+    def lets_go(self) -> bool:
+        """Whether who holds the lock is dying: it will drop it by itself."""
+        return self.holder in (OLD, NEW) and not self.alive[self.holder]
 
 
 Outcomes = list[tuple[str, World]]
@@ -168,8 +179,10 @@ def let_guest_go(world: World, side: int) -> World:
     """`side` runs the guest from its copy (or keeps it paused, to be run at any time)."""
     if world.holder != side:
         world = world.violate(f"the {NAMES[side]} VMM lets the guest go without the token")
-    if world.guest[1 - side]:
-        world = world.violate("the guest is in both VMMs")
+    if world.guest[1 - side] or world.attached:
+        world = world.violate("the guest is in two VMMs")
+    if world.adopt:
+        return world._replace(guest=put(world.guest, side, True), entered=put(world.entered, side, True))
     if world.copy[side] != world.progress:
         world = world.violate(f"the {NAMES[side]} VMM lets a stale copy of the guest go")
     return world._replace(
@@ -222,9 +235,9 @@ def connect_main(world: World, side: int) -> Outcomes:
 
 
 def pause(world: World, side: int) -> Outcomes:
-    stopped = world._replace(
-        guest=put(world.guest, side, False), copy=put(world.copy, side, world.progress), saved=world.progress
-    )
+    stopped = world._replace(guest=put(world.guest, side, False))
+    if not world.adopt:
+        stopped = stopped._replace(copy=put(world.copy, side, world.progress), saved=world.progress)
     return [("ok", stopped), ("failed", world), ("broken", world)]
 
 
@@ -241,7 +254,7 @@ def commit_rule(world: World) -> World:
 
 
 def keep_token(world: World, side: int) -> Outcomes:
-    return [("ok", move_epoch(world, side))]
+    return [("ok", move_epoch(world, side)), ("broken", world)]
 
 
 def try_once(world: World, side: int) -> Outcomes:
@@ -252,15 +265,15 @@ def outlast(world: World, _: int) -> Outcomes:
     """Whether another holds the token for good: a dying process does not."""
     if world.holder is None:
         return [("free", world)]
-    return [("held", world)] if world.alive[world.holder] else []
+    return [] if world.lets_go() else [("held", world)]
 
 
 def withdraw(world: World, side: int) -> Outcomes:
-    return [("ok", close_all(world, side, "cancel"))]
+    return [("ok", close_all(world, side, "cancel")), ("broken", close_all(world, side))]
 
 
 def roll_back(world: World, side: int) -> Outcomes:
-    return [("ok", let_guest_go(world, side))]
+    return [("ok", let_guest_go(world, side)), ("broken", world)]
 
 
 def give_up(world: World, side: int) -> Outcomes:
@@ -300,7 +313,7 @@ def load(world: World, side: int) -> Outcomes:
 def try_for_a_while(world: World, side: int) -> Outcomes:
     if world.holder is None:
         return [("got", world._replace(holder=side))]
-    return [("held", world.excuse(side))] if world.alive[world.holder] else []
+    return [] if world.lets_go() else [("held", world.excuse(side))]
 
 
 def run(world: World, side: int) -> Outcomes:
@@ -310,6 +323,15 @@ def run(world: World, side: int) -> Outcomes:
 def refuse(world: World, side: int) -> Outcomes:
     return [("ok", close_all(world, side, "refuse"))]
 
+
+def attach(world: World) -> World:
+    """A third VMM takes the lock and serves the guest."""
+    if any(world.guest):
+        world = world.violate("the guest is in two VMMs")
+    return world._replace(attached=True, holder=ATTACHED, epoch=world.epoch + 1, moved_by=ATTACHED)
+
+
+FATAL = frozenset({"keep_token", "roll_back"})  # an error in one of these ends the VMM
 
 STEPS: dict[str, Step] = {
     "offer": send("cpr", "offer"),

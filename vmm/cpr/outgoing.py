@@ -123,7 +123,9 @@ class OutgoingWorld(Protocol):
         """Wait for the new VMM to run the guest."""
 
     async def keep_token(self) -> None:
-        """Move the epoch, the token in hand: what the new VMM was told of the guest is stale. Cannot fail."""
+        """Move the epoch, the token in hand: what the new VMM was told of the guest is stale. An error ends
+        this VMM: the guest is then the new one's, which may have all of it, or gone with this one.
+        """
 
     async def ask_token(self) -> TokenVerdict:
         """Try to take the token back, and say what it says."""
@@ -135,7 +137,7 @@ class OutgoingWorld(Protocol):
         """Tell the new VMM, where it still listens, that the handover is off; close the channels."""
 
     async def roll_back(self) -> None:
-        """Run the guest again (or hold it paused, as it was)."""
+        """Run the guest again (or hold it paused, as it was). An error ends this VMM."""
 
     async def give_up(self) -> None:
         """The guest is the new VMM's for good."""
@@ -164,9 +166,9 @@ async def outgoing(world: OutgoingWorld) -> Phase:
         if paused:
             await world.keep_token()
             await world.roll_back()
-        await world.withdraw(str(error))
+        reason = await _withdraw(world, str(error))
         phase = Phase.CANCELLED if isinstance(error, Cancelled) else Phase.FAILED
-        world.enter(phase, str(error))
+        world.enter(phase, reason)
         return phase
     world.enter(Phase.COMMITTED)
     await world.release_token()
@@ -180,14 +182,25 @@ async def outgoing(world: OutgoingWorld) -> Phase:
     return Phase.COMPLETED
 
 
+async def _withdraw(world: OutgoingWorld, reason: str) -> str:
+    """Tell the new VMM. The guest runs here by now, whatever becomes of that: an error is added to the
+    reason.
+    """
+    try:
+        await world.withdraw(reason)
+    except Exception as error:  # noqa: BLE001 -- whatever it was, the guest must go on
+        return f"{reason}; and then: {error}"
+    return reason
+
+
 async def _arbitrate(world: OutgoingWorld, error: Exception) -> Phase:
     """The new VMM's last word is missing: the token says who runs the guest. It is asked until it says so."""
     while (verdict := await world.ask_token()) is TokenVerdict.UNDECIDED:
         await world.nap()
     if verdict is TokenVerdict.MINE:
         await world.roll_back()
-        await world.withdraw(str(error))
-        world.enter(Phase.FAILED, f"{error}; the guest had not moved and runs here again")
+        reason = await _withdraw(world, str(error))
+        world.enter(Phase.FAILED, f"{reason}; the guest had not moved and runs here again")
         return Phase.FAILED
     await world.give_up()
     if verdict is TokenVerdict.TAKEN:

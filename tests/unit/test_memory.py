@@ -11,6 +11,7 @@ import pytest
 from vmm.errors import ConfigError, HostError, StateError, VmmError
 from vmm.fds import FdStore, identify, sealed_memfd
 from vmm.memory import GuestMemory, layout
+from vmm.memory.guest import PIECE
 from vmm.units import GIB, MIB
 
 GAP, HIGH = 3 * GIB, 4 * GIB
@@ -189,4 +190,21 @@ def test_huge_pages(fds: FdStore) -> None:
     memory.write(2 * MIB, b"huge")
     assert memory.read(2 * MIB, 4) == b"huge"
     assert os.fstat(fds.get("ram")).st_blksize == 2 * MIB
+    memory.close()
+
+
+def test_what_the_guest_has_used(fds: FdStore) -> None:
+    memory = GuestMemory.map(fds, 4 * GIB)
+    assert list(memory.populated()) == []
+    low, high = memory.regions
+    memory.write(5 * MIB, b"x")
+    memory.write(64 * MIB, bytes(40 * MIB))
+    memory.write(high.gpa + high.size - 1, b"y")
+    page = os.sysconf("SC_PAGESIZE")
+    assert list(memory.populated()) == [
+        (low, 5 * MIB, page),
+        (low, 64 * MIB, PIECE),
+        (low, 64 * MIB + PIECE, 40 * MIB - PIECE),
+        (high, high.size - page, page),
+    ]
     memory.close()

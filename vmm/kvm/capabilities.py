@@ -103,7 +103,11 @@ CAPABILITIES: Final = (
     _optional(
         Cap.GUEST_MEMFD_FLAGS, "such memory that a VMM can map (Linux 6.18)", "no guest in guest_memfd"
     ),
-    _optional(Cap.PRE_FAULT_MEMORY, "second-stage mappings made early (Linux 6.11)", "each page faults once"),
+    _optional(
+        Cap.PRE_FAULT_MEMORY,
+        "second-stage mappings made before a pause (Linux 6.11)",
+        "each page faults once more after it",
+    ),
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import Enum
@@ -33,6 +34,8 @@ from vmm.state.arena import SIZE as ARENA_SIZE
 log = logging.getLogger(__name__)
 
 CHANGES_GUEST = (Cap.ADJUST_CLOCK, Cap.VCPU_ATTRIBUTES)  # without them a rebuilt guest's clocks jump
+PREFAULT_S = 1.0
+MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h, Linux 5.14
 TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFFFB_D000, 0xFFFB_C000  # four pages below 4 GiB that no RAM covers
 
 
@@ -152,6 +155,26 @@ class Hypervisor:
         self.vcpus = [self._make_vcpu(index, supported) for index in range(self._config.cpus)]
         if self.origin is Origin.NEW:
             self.facts.gigabyte_pages = offers_1gib_pages(supported)
+        elif not self.port.outlives:
+            self._prefault()
+
+    def _prefault(self) -> None:
+        """Make the mappings of the memory that the guest uses while it still runs in its old VM: this
+        process's, and the VM's own where KVM can. As many as `PREFAULT_S` allows; the guest makes the rest.
+        """
+        deadline = time.monotonic() + PREFAULT_S
+        of_vm = self.vm.check(Cap.PRE_FAULT_MEMORY) != 0
+        for region, offset, size in self.memory.populated():
+            assert region.mapping is not None
+            try:
+                region.mapping.madvise(MADV_POPULATE_WRITE, offset, size)
+                if of_vm:
+                    self.vcpus[0].pre_fault(region.gpa + offset, size)
+            except OSError as error:  # an old kernel, or no memory for page tables: faults do it
+                log.info("memory is not mapped ahead: %s", error.strerror)
+                return
+            if time.monotonic() > deadline:
+                return
 
     def _make_chips(self) -> None:
         irqchip = self._config.irqchip

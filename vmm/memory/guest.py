@@ -13,7 +13,7 @@ import errno
 import logging
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vmm.errors import ConfigError, HostError, VmmError
@@ -30,6 +30,7 @@ HIGH_RAM_START = 1 << 32
 SMALLEST = 1 * MIB
 LARGEST = 64 * GIB
 
+PIECE = 32 * MIB
 MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python names it from 3.13 on
 
 # hugepages option -> (page size in bytes, memfd_create flag); MFD_HUGE_* of linux/memfd.h
@@ -124,6 +125,14 @@ class GuestMemory:
             raise
         return cls(regions)
 
+    def populated(self) -> Iterator[tuple[Region, int, int]]:
+        """`(region, offset in it, size)` of what the guest has used so far, in pieces of at most `PIECE`."""
+        for region in self.regions:
+            end = 0
+            while (start := _data_from(region.fd, end)) is not None:
+                end = min(os.lseek(region.fd, start, os.SEEK_HOLE), region.size)
+                yield from ((region, at, min(PIECE, end - at)) for at in range(start, end, PIECE))
+
     @property
     def size(self) -> int:
         """Bytes of RAM in all."""
@@ -159,6 +168,16 @@ class GuestMemory:
             if region.mapping is not None:
                 region.mapping.close()
         self.regions = ()
+
+
+def _data_from(fd: int, offset: int) -> int | None:
+    """Where the first page at or behind `offset` begins that is there; None where there is none."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
 
 
 def _huge(hugepages: str | None) -> tuple[int, int]:

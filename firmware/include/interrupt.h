@@ -22,8 +22,9 @@ typedef void interrupt_handler(struct interrupt_frame *frame);
 
 /* Loads the IDT on this vCPU. On the first call: every exception ends the guest, NMIs are counted, nothing else is claimed. */
 void interrupts_init(void);
-/* Vectors 32 and up; before interrupts are on. */
+/* Vectors 32 and up; before interrupts are on. `nmi_claim`: is called by each NMI. */
 void interrupt_claim(u8 vector, interrupt_handler *handler);
+void nmi_claim(void (*handler)(void));
 /* Read and write an MSR; false if the machine has not got it, or does not take the value. After interrupts_init(). */
 bool msr_probe(u32 msr, u64 *value);
 bool msr_try(u32 msr, u64 value);
@@ -56,6 +57,7 @@ u32 pit_start(u32 hz);
 #define LAPIC_TIMER_CURRENT 0x390
 #define LAPIC_TIMER_DIVIDE 0x3e0
 
+#define ICR_NMI (4u << 8)
 #define LVT_MASKED (1u << 16)
 #define LVT_EXTINT 0x700u
 #define LVT_NMI 0x400u

@@ -15,6 +15,7 @@
 #define UART_LCR 3
 #define UART_MCR 4
 #define UART_LSR 5
+#define UART_SCR 7
 #define LSR_DATA_READY 0x01
 #define LSR_THR_EMPTY 0x20
 #define FCR_ENABLE_AND_CLEAR 0x07
@@ -25,6 +26,9 @@
 #define SERIAL_POLLS 1000 /* a transmitter that never gets ready must not hang a guest */
 
 #define DEBUG_EXIT 0xf4
+
+#define RESET_CONTROL 0xcf9 /* Intel ICH9 data sheet, 13.7.5 RST_CNT */
+#define RESET_CONTROL_KEPT 0x0a
 
 #define PIC_MASTER_COMMAND 0x20
 #define PIC_MASTER_DATA 0x21

@@ -12,6 +12,7 @@
 #define TESTDEV_STREAM_SUM 0x14
 #define TESTDEV_STREAM_READS 0x18
 #define TESTDEV_ID 0x1c
+#define TESTDEV_READS 0x20
 #define TESTDEV_MAGIC 0x54534554u /* "TEST" */
 
 static inline u32 testdev_read(u32 reg)

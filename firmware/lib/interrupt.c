@@ -19,6 +19,7 @@ extern const u8 msr_probe_access[], msr_try_access[], msr_fault[]; /* msr_probe.
 
 static struct gate idt[256] __attribute__((aligned(16)));
 static u64 nmis;
+static void (*also_on_nmi)(void);
 
 static void set_gate(u32 vector, u64 handler)
 {
@@ -34,6 +35,8 @@ static void set_gate(u32 vector, u64 handler)
 INTERRUPT static void on_nmi(struct interrupt_frame *frame)
 {
 	(void)frame;
+	if (also_on_nmi)
+		also_on_nmi();
 	__atomic_fetch_add(&nmis, 1, __ATOMIC_RELAXED);
 }
 
@@ -109,6 +112,11 @@ void interrupts_init(void)
 void interrupt_claim(u8 vector, interrupt_handler *handler)
 {
 	set_gate(vector, (u64)handler);
+}
+
+void nmi_claim(void (*handler)(void))
+{
+	also_on_nmi = handler;
 }
 
 u64 nmi_count(void)

@@ -21,6 +21,7 @@ static const struct check *const checks[] = {
 	&check_cpus,
 	&check_tscsync,
 	&check_ipi,
+	&check_nmi,
 	&check_pit,
 	&check_timer,
 	&check_hlt,
@@ -33,6 +34,7 @@ static const struct check *const checks[] = {
 	&check_ioapic,
 	&check_pio,
 	&check_mmio,
+	&check_ports,
 	&check_x87,
 	&check_xmm,
 	&check_ymm,
@@ -58,6 +60,15 @@ static enum check_state wanted(const struct check *check)
 	if (option_lists("skip", check->name))
 		return CHECK_OFF;
 	return !check->prepare || check->prepare() ? CHECK_ON : CHECK_UNAVAILABLE;
+}
+
+/* An NMI wakes up a halted vCPU too. (One that has not begun has a GS.base of 0, where there are zeros.) */
+static void on_nmi(void)
+{
+	struct vcpu *v = this_vcpu();
+
+	if (v)
+		v->interrupts++;
 }
 
 static void prepare_checks(void)
@@ -187,6 +198,7 @@ int main(void)
 		vcpus[i].results = &results.cpu[i];
 	}
 	interrupts_init();
+	nmi_claim(on_nmi);
 	if (info->flags & BOOT_IRQCHIP)
 		pic_init();
 	prepare_checks();

@@ -35,6 +35,8 @@ enum check_id {
 	CHECK_PIC = 23,
 	CHECK_IOAPIC = 24,
 	CHECK_MTRR = 25,
+	CHECK_NMI = 26,
+	CHECK_PORTS = 27,
 };
 
 /*
@@ -77,7 +79,8 @@ struct check {
 
 extern const struct check check_tsc, check_counter, check_pattern, check_cpus, check_tscsync, check_ipi, check_pit, check_timer,
 	check_hlt, check_msr, check_debug, check_kvmclock, check_paging, check_pio, check_mmio, check_x87, check_xmm, check_ymm,
-	check_registers, check_control, check_cpuid, check_lapic, check_pic, check_ioapic, check_mtrr;
+	check_registers, check_control, check_cpuid, check_lapic, check_pic, check_ioapic, check_mtrr,
+	check_nmi, check_ports;
 
 extern struct vcpu vcpus[MAX_CPUS];
 extern u32 cpu_count; /* vCPUs that run */

@@ -30,6 +30,7 @@ COM1 = 0x3F8
 LINE_CONTROL, LINE_STATUS = COM1 + 3, COM1 + 5
 DIVISOR_LATCH, TRANSMITTER_EMPTY, DATA_READY = 0x80, 0x60, 0x01
 DEBUG_EXIT = 0xF4
+HOLD = (COM1 + 1, LINE_CONTROL, COM1 + 4, COM1 + 7, 0xCF9)  # registers that are nothing but what was written
 ALL_ONES = 2**64 - 1
 M32 = 2**32 - 1
 
@@ -41,7 +42,7 @@ class DeviceModel:
 
     def __init__(self) -> None:
         self.latch = self.latch_writes = 0
-        self.count = self.sum = self.reads = 0
+        self.count = self.sum = self.reads = self.register_reads = 0
 
     def port_in(self, port: int) -> int:
         if port == self.COUNT:
@@ -57,6 +58,9 @@ class DeviceModel:
             self.sum = ((self.sum << 1 | self.sum >> 31) + value) & M32
 
     def load(self, offset: int) -> int:
+        if offset == 0x20:
+            self.register_reads += 1
+            return self.register_reads - 1
         return {
             0x00: self.latch + self.latch_writes,
             0x08: self.latch_writes,
@@ -85,7 +89,7 @@ class RunningGuest:
         self.device = DeviceModel() if testdev else None
         self._ended: SimpleQueue[int | BaseException] = SimpleQueue()
         self._change = threading.Condition()  # guards what follows, and the devices
-        self._line_control = 0
+        self.registers = dict.fromkeys(HOLD, 0)
         self._goal = "stop"
         self._parked = 0
         self._fds = FdStore()
@@ -183,6 +187,8 @@ class RunningGuest:
     def _port_in(self, port: int) -> int:
         if port == LINE_STATUS:
             return TRANSMITTER_EMPTY | (DATA_READY if self.input else 0)
+        if port in HOLD:
+            return self.registers[port]
         if port == COM1:
             return self.input.pop(0) if self.input else 0
         if self.device is not None and port in (self.device.STREAM, self.device.COUNT):
@@ -191,10 +197,10 @@ class RunningGuest:
 
     def _port_out(self, port: int, value: int) -> None:
         if port == COM1:
-            if not self._line_control & DIVISOR_LATCH:
+            if not self.registers[LINE_CONTROL] & DIVISOR_LATCH:
                 self.output.append(value)
-        elif port == LINE_CONTROL:
-            self._line_control = value
+        elif port in HOLD:
+            self.registers[port] = value
         elif port == DEBUG_EXIT:
             self._goal = "stop"
             self._ended.put(value << 1 | 1)

@@ -16,7 +16,8 @@ from vmm.report.results import HEADER_SIZE, CpuLayout
 pytestmark = pytest.mark.kvm
 
 CPU1 = 0x200000 + HEADER_SIZE + ctypes.sizeof(CpuLayout)
-LVT_TIMER, LDR, SPURIOUS = 0x320, 0xD0, 0xF0
+LVT_TIMER, INITIAL_COUNT, LDR, SPURIOUS = 0x320, 0x380, 0xD0, 0xF0
+LVT_PERIODIC = 1 << 17
 LVT_MASKED, APIC_ENABLED = 1 << 16, 1 << 8
 TSC_DEADLINE, PAT, STAR, FIXED_MTRR = 0x6E0, 0x277, 0xC0000081, 0x250
 IPI_VECTOR, MSI_ADDRESS = 0x41, 0xFEE00000
@@ -86,6 +87,18 @@ def lose_timer(guest: RunningGuest) -> None:
     change_lapic(guest, LVT_TIMER, lambda value: value | LVT_MASKED)
 
 
+def slow_down_periodic_timer(guest: RunningGuest) -> None:
+    """While it is periodic; each of its interrupts is in time then, but they are too few."""
+    state = abi.kvm_lapic_state()
+
+    def periodic() -> bool:
+        guest.vcpus[0].get_lapic(state)
+        return bool(int.from_bytes(bytes(state.regs[LVT_TIMER : LVT_TIMER + 4]), "little") & LVT_PERIODIC)
+
+    guest.stop_when(periodic)
+    change_lapic(guest, INITIAL_COUNT, lambda count: count * 3)
+
+
 def wake_without_interrupt(guest: RunningGuest) -> None:
     state = abi.kvm_mp_state()
 
@@ -136,6 +149,20 @@ def lose_a_read(guest: RunningGuest) -> None:
 def double_a_store(guest: RunningGuest) -> None:
     assert guest.device is not None
     guest.device.latch_writes += 1
+
+
+def double_a_read(guest: RunningGuest) -> None:
+    assert guest.device is not None
+    guest.device.register_reads += 1
+
+
+def lose_an_nmi(guest: RunningGuest) -> None:
+    """One more is said to have been sent than has been."""
+    guest.add(guest.symbol("check_nmi.c", "expected"), 1)
+
+
+def change_port(guest: RunningGuest, port: int) -> None:
+    guest.registers[port] ^= 2
 
 
 def change_control_word(guest: RunningGuest) -> None:
@@ -240,6 +267,7 @@ DAMAGES = {
     "PIT faster": Damage(7, "pit", lambda guest: change_pit_count(guest, 1 / 16), where=0),
     "PIT slower": Damage(7, "pit", lambda guest: change_pit_count(guest, 2.5), where=4),
     "LAPIC timer masked": Damage(8, "timer", lose_timer),
+    "LAPIC timer slower": Damage(8, "timer", slow_down_periodic_timer, where=3),
     "MP state": Damage(9, "timer,hlt", wake_without_interrupt),
     "STAR": Damage(10, "msr", lambda guest: set_msr(guest, STAR, 0), where=STAR),
     "PAT": Damage(10, "msr", lambda guest: set_msr(guest, PAT, 0x0007040600070406), where=PAT),
@@ -250,6 +278,11 @@ DAMAGES = {
     "a byte written twice": Damage(14, "pio", double_a_byte, where=1),
     "a byte read and lost": Damage(14, "pio", lose_a_read, where=0),
     "a store done twice": Damage(15, "mmio", double_a_store, where=8),
+    "a read done twice": Damage(15, "mmio", double_a_read, where=4),
+    "an NMI lost": Damage(26, "nmi", lose_an_nmi, cpus=2),
+    "scratch register": Damage(27, "ports", lambda guest: change_port(guest, 0x3FF), where=0x3FF),
+    "modem control": Damage(27, "ports", lambda guest: change_port(guest, 0x3FC), where=0x3FC),
+    "reset control": Damage(27, "ports", lambda guest: change_port(guest, 0xCF9), where=0xCF9),
     "x87 control word": Damage(16, "x87", change_control_word, where=0),
     "MXCSR": Damage(16, "x87", change_mxcsr, where=24),
     "x87 stack": Damage(16, "x87", change_x87_stack, where=32 + 5 * 16),

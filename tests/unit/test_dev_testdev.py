@@ -63,6 +63,15 @@ def test_latch(fds: FdStore) -> None:
     assert device.registers.read(0, 4) == b"\x02\0\0\0"
 
 
+def test_a_register_that_counts_its_reads(fds: FdStore) -> None:
+    device = testdev.TestDevice(Arena.open(fds))
+    assert [word(device, 0x20) for _ in range(3)] == [0, 1, 2]
+    device.registers.write(0x20, bytes(4))
+    device.registers.read(0x20, 2)
+    device.registers.read(0x18, 8)
+    assert word(testdev.TestDevice(Arena.open(fds)), 0x20) == 3
+
+
 @pytest.mark.parametrize(
     ("offset", "data"),
     [(0, b"abcd"), (8, b"abcd"), (4, b"abcd"), (0x1C, b"abcd"), (8, b"abcdefgh"), (0xFF8, b"a" * 8)],

@@ -15,7 +15,7 @@ from vmm.state import Arena
 PORTS = 8
 PAGE = 0x1000
 STREAM, COUNT = (0, 1), (4, 4)  # offset and width in bytes, among the ports
-LATCH = (0, 8)  # and in the page
+LATCH, COUNTED = (0, 8), (0x20, 4)  # and in the page
 IDENTITY = 0x5453_4554  # "TEST"
 REGISTERS = struct.Struct("<QI4xIIII")  # latch plus its writes; writes; count, sum, stream reads, identity
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
@@ -30,13 +30,14 @@ class TestState(ctypes.LittleEndianStructure):
     count: int
     sum: int
     reads: int
+    register_reads: int
     _fields_ = (
         ("latch", ctypes.c_uint64),
         ("latch_writes", ctypes.c_uint64),
         ("count", ctypes.c_uint32),
         ("sum", ctypes.c_uint32),
         ("reads", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("register_reads", ctypes.c_uint32),
     )
 
 
@@ -82,16 +83,20 @@ class _Ports:
 
 
 class _Registers:
-    """The latch, and what has been counted."""
+    """The latch, what has been counted, and a register that counts how often it is read."""
 
     def __init__(self, state: TestState, lock: threading.Lock) -> None:
         self._state = state
         self._lock = lock
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes of the page; zeros behind the last register."""
+        """The counting register, or `size` bytes of the page; zeros behind the last register."""
         state = self._state
         with self._lock:
+            if (offset, size) == COUNTED:
+                value = state.register_reads
+                state.register_reads = (value + 1) & U32
+                return value.to_bytes(4, "little")
             page = REGISTERS.pack(
                 (state.latch + state.latch_writes) & U64,
                 state.latch_writes & U32,

@@ -23,7 +23,7 @@ from typing import Any
 import host
 
 from vmm.errors import GuestCrash, UsageError
-from vmm.kvm import DirectPort, Exit, Port, System, Vcpu, abi, keeper
+from vmm.kvm import DirectPort, Exit, Port, System, Vcpu, abi
 from vmm.kvm.keeper_port import KeeperPort
 from vmm.report.table import table
 
@@ -142,8 +142,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
             stack.enter_context(subject(name, port, arguments.writes))
             for name, port in (
                 ("direct", DirectPort()),
-                ("keeper", KeeperPort.start(spin=keeper.SPIN_NEVER)),
-                ("keeper, spinning", KeeperPort.start(spin=keeper.SPIN_ALWAYS)),
+                ("keeper", KeeperPort.start(spin=False)),
+                ("keeper, spinning", KeeperPort.start(spin=True)),
             )
         ]
         pairs = [(one, way) for way in Way for one in subjects]

@@ -21,7 +21,7 @@ import pytest
 from tests.kvm.keeping import RawVmm, await_end, keeper_port
 from tests.kvm.real_mode import machine_on, ram_of
 from vmm.errors import PeerError
-from vmm.kvm import System, abi, keeper
+from vmm.kvm import IoctlError, System, abi, keeper
 from vmm.kvm.keeper_port import HeldFd, KeeperPort
 
 pytestmark = pytest.mark.kvm
@@ -212,6 +212,42 @@ def test_memory_that_is_too_short(vmm: RawVmm) -> None:
     assert vmm.ask(keeper.OP_VCPU, vm)[1] == errno.ENOTTY  # a VM is no vCPU
 
 
+def test_memory_of_a_slot_is_not_dropped() -> None:
+    with keeper_port() as port, ram_of(b"\xf4") as ram, machine_on(ram, port=port) as machine:
+        (row,) = [key for key, fd in port._names.items() if fd == ram.memfd]
+        with pytest.raises(PeerError, match="refuses to drop"):
+            port.drop(*row)
+        machine.vm.set_memory(0, 0, 0, ram.hva, ram.memfd, 0)
+        port._names[row] = ram.memfd
+        port.drop(*row)
+
+
+def test_no_capability_is_enabled_but_those_that_are_used() -> None:
+    """Some take addresses, others change what the VM is."""
+    with keeper_port() as port, ram_of(b"\xf4") as ram, machine_on(ram, port=port) as machine:
+        for cap in (abi.Cap.X86_DISABLE_EXITS, abi.Cap.MAX_VCPUS, 1 << 31):
+            with pytest.raises(IoctlError) as caught:
+                machine.vm.enable_cap(cap, 0, 0)
+            assert caught.value.errno == errno.EPERM
+        machine.vm.enable_cap(abi.Cap.EXCEPTION_PAYLOAD, 0, 1)
+
+
+def test_an_irqfd_names_fds_that_it_holds_and_no_others(vmm: RawVmm) -> None:
+    """Both of them, each where the kernel looks for it."""
+    eventfd = os.eventfd(0)
+    held = int.from_bytes(vmm.ask(keeper.OP_STORE, payload=NAME, fds=[eventfd])[2], "little")
+    os.close(eventfd)
+    foreign = 1  # its stdout
+    for fd, resample, expected in (
+        (foreign, 0, errno.EBADF),
+        (held, foreign, errno.EBADF),
+        (held, 0, errno.ENOTTY),  # the kernel's answer: this is no VM
+        (held, held, errno.ENOTTY),
+    ):
+        irqfd = bytes(abi.kvm_irqfd(fd=fd, gsi=1, resamplefd=resample))
+        assert vmm.ask(keeper.OP_IOCTL, held, abi.KVM_IRQFD.number, payload=irqfd)[1] == expected
+
+
 def test_no_fd_is_left_in_it(path: Path) -> None:
     """Slots, names, clients and machines come and go."""
     with keeper_port(path) as port, ram_of(b"\xf4") as ram:
@@ -391,6 +427,34 @@ def test_another_protocol_is_refused() -> None:
         os.close(pidfd)
         with pytest.raises(PeerError, match=f"1234, speaks protocol {keeper.PROTOCOL + 1}"):
             KeeperPort(ours)
+
+
+@pytest.mark.parametrize(
+    ("payload", "fds"), [(b"", 0), (keeper.HELLO.pack(1, 2, 3), 2), (b"", 1), (bytes(3), 1)]
+)
+def test_a_greeting_that_is_none(payload: bytes, fds: int) -> None:
+    """(What has come with it is closed: the fixture looks.)"""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        socket.send_fds(theirs, [keeper.REPLY.pack(0, 0, 0) + payload], [theirs.fileno()] * fds)
+        with pytest.raises(PeerError, match="no keeper"):
+            KeeperPort(ours)
+
+
+@pytest.mark.parametrize("errno_", [0, errno.EIO])
+def test_a_table_that_is_none(errno_: int) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        pidfd = os.pidfd_open(os.getpid())
+        hello = keeper.HELLO.pack(keeper.PROTOCOL, os.getpid(), 1)
+        socket.send_fds(theirs, [keeper.REPLY.pack(0, 0, 0) + hello], [pidfd])
+        row = keeper.NAME.pack(b"\xff" * 32, 0, 1)
+        socket.send_fds(theirs, [keeper.REPLY.pack(2, errno_, 0) + row], [pidfd, pidfd])
+        os.close(pidfd)
+        port = KeeperPort(ours)
+        with pytest.raises(PeerError, match="a table that is none" if not errno_ else "refuses to say"):
+            port.table()
+        port.close()
 
 
 def test_what_is_no_keeper_is_refused(tmp_socket_dir: Path) -> None:

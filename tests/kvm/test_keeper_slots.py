@@ -17,8 +17,8 @@ import pytest
 from tests.kvm.keeping import await_end, keeper_port
 from tests.kvm.real_mode import ENTRY, Machine, Ram, machine_on, ram_of, with_chips
 from vmm.errors import PeerError
-from vmm.kvm import Exit, IoctlError, Vcpu, abi
-from vmm.kvm.keeper_port import KeeperPort
+from vmm.kvm import Exit, IoctlError, Vcpu, abi, keeper
+from vmm.kvm.keeper_port import SPIN_NS, KeeperPort
 
 pytestmark = pytest.mark.kvm
 
@@ -218,6 +218,27 @@ def test_a_vcpu_is_started_without_a_vmm() -> None:
             port.attach()
             assert second.run()
             assert second.run_page.exit_reason == Exit.IO
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(4, 0), (5, SPIN_NS)])
+def test_all_vcpus_spin_or_none(cores: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there is a core to spare for both sides of each is not known before the last one."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    with kept(COUNTER) as (port, machine), machine.vm.create_vcpu(1):
+        assert [runner.words[keeper.SPIN] for runner in port._runners.values()] == [expected] * 2
+        assert [value(machine.vcpu) for _ in range(3) if machine.vcpu.run()] == [1, 2, 3]
+
+
+def test_a_vmm_cannot_keep_the_keeper_spinning() -> None:
+    with kept(COUNTER) as (port, machine):
+        port._runners[machine.vcpu.fd].words[keeper.SPIN] = (1 << 64) - 1
+        assert machine.vcpu.run()  # from here on its thread looks for the next turn
+        time.sleep(0.05)
+        with open(f"/proc/{port.pid}/stat", encoding="ascii") as stat:
+            before = stat.read().split()[13]
+        time.sleep(0.3)
+        with open(f"/proc/{port.pid}/stat", encoding="ascii") as stat:
+            assert int(stat.read().split()[13]) - int(before) <= 5  # of the 30 ticks
 
 
 def test_slots_may_hold_anything() -> None:

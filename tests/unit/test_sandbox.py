@@ -20,7 +20,7 @@ import pytest
 
 from vmm.cli.launch import LaunchedVmm
 from vmm.errors import VmmError
-from vmm.kvm import keeper
+from vmm.kvm.keeper_port import ISSUED
 from vmm.sandbox import Grant, Mode, confine, keeper_program, keeper_ruleset, kernel, landlock, seccomp
 from vmm.sandbox.kernel import Absent
 from vmm.sandbox.landlock import Access
@@ -116,7 +116,7 @@ DANGEROUS = {
 }
 
 
-@pytest.mark.parametrize("rules", [vmm_rules(PID), keeper_rules(PID, keeper.ISSUED)], ids=["vmm", "keeper"])
+@pytest.mark.parametrize("rules", [vmm_rules(PID), keeper_rules(PID, ISSUED)], ids=["vmm", "keeper"])
 def test_no_profile_lets_a_dangerous_call_through(rules: list[Rule]) -> None:
     program = assemble(rules, KILL)
     assert {number for number in DANGEROUS if act(program, number, PID) != KILL} == set()
@@ -127,9 +127,9 @@ def test_no_profile_lets_a_dangerous_call_through(rules: list[Rule]) -> None:
 
 
 def test_the_keeper_s_profile_is_its_table_of_ioctls() -> None:
-    program = assemble(keeper_rules(PID, keeper.ISSUED), KILL)
-    ours = {number for number in keeper.ISSUED if act(program, NUMBERS["ioctl"], 3, number) == ALLOW}
-    assert ours == set(keeper.ISSUED)
+    program = assemble(keeper_rules(PID, ISSUED), KILL)
+    ours = {number for number in ISSUED if act(program, NUMBERS["ioctl"], 3, number) == ALLOW}
+    assert ours == set(ISSUED)
     tiocsti, memory_encrypt_op, create_device = 0x5412, 0xC008AEBA, 0xC00CAEE0
     for number in (tiocsti, memory_encrypt_op, create_device):
         assert act(program, NUMBERS["ioctl"], 3, number) == KILL
@@ -139,7 +139,7 @@ def test_the_keeper_s_profile_is_its_table_of_ioctls() -> None:
 
 def test_the_vmm_s_profile_has_kvm_s_ioctls_and_its_terminal_s() -> None:
     program = assemble(vmm_rules(PID), KILL)
-    assert all(act(program, NUMBERS["ioctl"], 3, number) == ALLOW for number in keeper.ISSUED)
+    assert all(act(program, NUMBERS["ioctl"], 3, number) == ALLOW for number in ISSUED)
     assert act(program, NUMBERS["ioctl"], 3, 0x5412) == KILL  # TIOCSTI types into a terminal
     assert act(program, NUMBERS["socket"], 1) == ALLOW
     assert act(program, NUMBERS["socket"], 2) == KILL
@@ -406,9 +406,9 @@ def test_what_is_missing_is_said_and_the_rest_is_done(number: int, sentence: str
 
 def test_a_keeper_is_not_confined_where_the_kernel_cannot() -> None:
     with lacking(landlock.CREATE_RULESET, seccomp.SECCOMP):
-        assert keeper_program(Mode.ON, PID, keeper.ISSUED) == b""
+        assert keeper_program(Mode.ON, PID, ISSUED) == b""
         assert keeper_ruleset(Mode.ON, "/run/k") == -1
-    assert keeper_program(Mode.OFF, PID, keeper.ISSUED) == b""
+    assert keeper_program(Mode.OFF, PID, ISSUED) == b""
     assert keeper_ruleset(Mode.OFF, "/run/k") == -1
 
 

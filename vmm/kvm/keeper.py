@@ -13,7 +13,7 @@ A vCPU's thread and the VMM meet in a slot of shared memory, `called` and `retur
 way:
 
     VMM     called += 1, write go      ───▶   keeper   KVM_RUN
-    VMM     serves the exit in kvm_run ◀───   keeper   result, returned += 1, write done
+    VMM     serves the exit in kvm_run ◀───   keeper   result, returned = called, write done
 
 called > returned: the vCPU runs, and needs nobody. called == returned with result 0: its exit waits for a
 VMM, this one or the next. So a VMM may come, go or be killed at any time; the slot says what is to be done.
@@ -59,15 +59,15 @@ SYS_CAPSET, SYS_LANDLOCK_RESTRICT_SELF, CAPABILITY_VERSION_3 = 126, 446, 0x20080
 
 NEEDED = frozenset({b"kvm-slots", b"kvm-go", b"kvm-done"})  # names that the keeper itself gave, and uses
 
-# a vCPU's slot: called, returned, result (0 an exit, else errno), when it returned (CLOCK_MONOTONIC, ns)
+# a vCPU's slot in u64 words: called, returned, result (0 an exit, else errno), when it returned
+# (CLOCK_MONOTONIC, ns), and how long either side looks at the slot before it sleeps (ns; the VMM decides)
 SLOT = 64
-CALLED, RETURNED, RESULT, SINCE = 0, 1, 2, 3  # in u64 words
+CALLED, RETURNED, RESULT, SINCE, SPIN = range(5)
 SLOTS = 1024
 SLOTS_SIZE = SLOT * SLOTS
 LARGEST_WORD = (1 << 64) - 1
 KICK = signal.SIGUSR1
-SPIN_NS = 20_000
-SPIN_WITH_CORES, SPIN_NEVER, SPIN_ALWAYS = 0, 1, 2
+SPIN_MAX_NS = 1_000_000
 
 OP_HELLO = 0  # HELLO, and a pidfd of the keeper's
 OP_IOCTL = 1  # fd, number, argument or payload -> payload
@@ -75,10 +75,10 @@ OP_CREATE = 2  # the same; the new fd is held and sent back with its number in t
 OP_MEMORY = 3  # fd of the VM; slot | flags << 32, gpa, size, offset in what is mapped; payload MEMORY
 OP_ATTRIBUTE = 4  # number GET/SET/HAS_DEVICE_ATTR; group, attribute, value -> value
 OP_DIRTY_LOG = 5  # fd of the VM; slot, bytes -> payload
-OP_VCPU = 6  # fd of the vCPU; its slot, SPIN_*: starts its thread; sends go and done
+OP_VCPU = 6  # fd of the vCPU; its slot: starts its thread; sends go and done
 OP_KICK = 7  # slot
 OP_STORE = 8  # payload NAME, one fd: held under that name; the reply's payload is the keeper's number
-OP_DROP = 9  # payload NAME
+OP_DROP = 9  # payload NAME; EBUSY while it is a slot's memory
 OP_TABLE = 10  # from row n: rows of NAME, with their fds
 OP_ATTACH = 11  # be the one VMM; EBUSY while another is attached and alive
 OP_DETACH = 12  # be it no more
@@ -100,7 +100,6 @@ COUNTED = {
     0xC008AE88: 16,  # GET_MSRS
     0x4008AE89: 16,  # SET_MSRS
     0xC008AE05: 40,  # GET_SUPPORTED_CPUID
-    0xC008AE09: 40,  # GET_EMULATED_CPUID
     0xC008AE91: 40,  # GET_CPUID2
     0x4008AE90: 40,  # SET_CPUID2
     0xC004AE02: 4,  # GET_MSR_INDEX_LIST
@@ -110,29 +109,25 @@ COUNTED = {
 # What is passed through: integers, and structures without a pointer in them. All else is refused.
 PASSED = frozenset({
     # /dev/kvm: API version, capabilities, size of a run page, lists of CPUID leaves and of MSRs
-    0xAE00, 0xAE03, 0xAE04, 0xC008AE05, 0xC008AE09, 0xC004AE02, 0xC004AE0A,
-    # a VM: capabilities, KVM's own pages, chips, lines, routes, eventfds, coalesced I/O, clock, dirty rings
-    0x4068AEA3, 0xAE47, 0x4008AE48, 0xAE60, 0x4040AE77, 0xAE78, 0xAE71, 0xC208AE62,
+    0xAE00, 0xAE03, 0xAE04, 0xC008AE05, 0xC004AE02, 0xC004AE0A,
+    # a VM: capabilities, KVM's own pages, chips, lines, routes, eventfds, coalesced I/O, clock
+    0x4068AEA3, 0xAE47, 0x4008AE48, 0xAE60, 0x4040AE77, 0xC208AE62,
     0x8208AE63, 0x8070AE9F, 0x4070AEA0, 0x4008AE61, 0x4020AEA5, 0x4008AE6A, 0x4020AE76, 0x4040AE79,
-    0x4010AE67, 0x4010AE68, 0x4030AE7B, 0x8030AE7C, 0xAEC7, 0x4020AED2,
+    0x4010AE67, 0x4010AE68, 0x4030AE7B, 0x8030AE7C,
     # a vCPU: registers, FPU, LAPIC, MSRs, CPUID, events, debug and nested state, interrupts, TSC rate
     0x8090AE81, 0x4090AE82, 0x8138AE83, 0x4138AE84, 0x8140AECC, 0x4140AECD, 0x81A0AE8C, 0x41A0AE8D,
     0x9000AEA4, 0x5000AEA5, 0x9000AECF, 0x8188AEA6, 0x4188AEA7, 0x8400AE8E, 0x4400AE8F, 0xC008AE88,
     0x4008AE89, 0x4008AE90, 0xC008AE91, 0x8004AE98, 0x4004AE99, 0x8040AE9F, 0x4040AEA0, 0x8080AEA1,
-    0x4080AEA2, 0x4048AE9B, 0xC080AEBE, 0x4080AEBF, 0xC018AE85, 0x4004AE86, 0xAE9A, 0xAEB7,
-    0xAEAD, 0xAEA2, 0xAEA3, 0xC040AED5,
+    0x4080AEA2, 0x4048AE9B, 0xC080AEBE, 0x4080AEBF, 0xC018AE85, 0x4004AE86, 0xAE9A, 0xAEA2,
+    0xAEA3, 0xC040AED5,
 })  # fmt: skip
-# All that this process ever issues, the most frequent one first
-ISSUED = (
-    KVM_RUN,
-    *sorted(PASSED | CREATES | DEVICE_ATTRIBUTES),
-    KVM_SET_SIGNAL_MASK,
-    KVM_SET_USER_MEMORY_REGION,
-    KVM_SET_USER_MEMORY_REGION2,
-    KVM_GET_DIRTY_LOG,
-)
-# an fd of the keeper's within the argument: request -> (offset of the number, offset of a second or None)
-INNER_FDS = {0x4020AE76: (0, 20), 0x4040AE79: (20, None)}  # IRQFD: fd, resamplefd; IOEVENTFD
+KVM_ENABLE_CAP = 0x4068AEA3
+ENABLED = frozenset({121, 164, 218})  # SPLIT_IRQCHIP, EXCEPTION_PAYLOAD, X86_TRIPLE_FAULT_EVENT: no pointers
+# fds of the keeper's within the argument: request -> (offset of its number, whether there may be none)
+INNER_FDS = {
+    0x4020AE76: ((0, False), (12, True)),  # IRQFD: fd, resamplefd
+    0x4040AE79: ((20, False),),  # IOEVENTFD: fd
+}
 NO_FD = 0xFFFFFFFF
 MAP_NORESERVE = 0x4000  # asm-generic/mman-common.h
 
@@ -154,9 +149,7 @@ DONE: Answer = (b"", (), 0)
 
 
 class Message(NamedTuple):
-    """One message, who sent it, and the fds that came with it, which are closed unless they are held by
-    then.
-    """
+    """One message, who sent it, and the fds that came with it: closed at the end, unless they are held."""
 
     sock: socket.socket
     fd: int
@@ -167,9 +160,7 @@ class Message(NamedTuple):
 
 
 class Refused(Exception):
-    """A message that is not carried out, or a call that failed; the reply has the errno, and what was
-    written.
-    """
+    """A message that is not carried out; the reply has the errno, and what the call has written."""
 
     def __init__(self, number: int, written: bytes = b"") -> None:
         super().__init__(number)
@@ -177,17 +168,11 @@ class Refused(Exception):
         self.written = written
 
 
-def spin_ns(wanted: int, vcpus: int) -> int:
-    """How long either side looks at the slot before it sleeps: not at all where there is no core to spare for
-    both sides of each vCPU.
-    """
-    enough = len(os.sched_getaffinity(0)) > 2 * vcpus
-    return SPIN_NS if wanted == SPIN_ALWAYS or (wanted == SPIN_WITH_CORES and enough) else 0
-
-
-def spin(words: memoryview, ns: int, *, equal: bool) -> bool:
+def spin(words: memoryview, *, equal: bool) -> bool:
     """Whether `called` and `returned` are soon no longer equal, or no longer different."""
-    until = time.monotonic_ns() + ns
+    if not words[SPIN]:
+        return False
+    until = time.monotonic_ns() + min(words[SPIN], SPIN_MAX_NS)
     while (words[CALLED] == words[RETURNED]) is equal:
         if time.monotonic_ns() > until:
             return False
@@ -197,9 +182,8 @@ def spin(words: memoryview, ns: int, *, equal: bool) -> bool:
 class VcpuRunner:
     """The thread of one vCPU."""
 
-    def __init__(self, fd: int, slot: int, words: memoryview, spin_ns: int = 0) -> None:
+    def __init__(self, fd: int, slot: int, words: memoryview) -> None:
         self.fd = fd
-        self._spin_ns = spin_ns
         self.go = os.eventfd(0, os.EFD_CLOEXEC)
         self.done = os.eventfd(0, os.EFD_CLOEXEC)
         self._words = words[slot * SLOT // 8 : (slot + 1) * SLOT // 8]
@@ -215,7 +199,7 @@ class VcpuRunner:
         words, fd, go, done = self._words, self.fd, self.go, self.done
         read, write = os.eventfd_read, os.eventfd_write
         while True:
-            if not (self._spin_ns and spin(words, self._spin_ns, equal=True)):
+            if not spin(words, equal=True):
                 read(go)
             while (turn := words[CALLED]) != words[RETURNED]:
                 words[RESULT] = _run(fd)
@@ -225,9 +209,7 @@ class VcpuRunner:
 
 
 def _run(fd: int) -> int:
-    """KVM_RUN: 0 for an exit, else its errno. What INIT or SIPI has woken (EAGAIN) runs on: nobody is
-    needed.
-    """
+    """KVM_RUN: 0 for an exit, else its errno. What INIT or SIPI has woken (EAGAIN) runs on."""
     while True:
         try:
             ioctl(fd, KVM_RUN, 0)
@@ -280,23 +262,11 @@ class Keeper:
         if listener is not None:
             self._poll.register(listener, select.POLLIN)
         self._admit(first)
-        self._operations = {
-            OP_HELLO: self._hello,
-            OP_IOCTL: self._ioctl,
-            OP_CREATE: self._create,
-            OP_MEMORY: self._memory,
-            OP_ATTRIBUTE: self._attribute,
-            OP_DIRTY_LOG: self._dirty_log,
-            OP_VCPU: self._vcpu,
-            OP_KICK: self._kick,
-            OP_STORE: self._store,
-            OP_DROP: self._drop,
-            OP_TABLE: self._table,
-            OP_ATTACH: self._attach,
-            OP_DETACH: self._detach,
-            OP_SUCCESSOR: self._successor,
-            OP_ORPHAN: self._orphan,
-        }
+        self._operations = (  # by number
+            *(self._hello, self._ioctl, self._create, self._memory, self._attribute, self._dirty_log),
+            *(self._vcpu, self._kick, self._store, self._drop, self._table),
+            *(self._attach, self._detach, self._successor, self._orphan),
+        )
 
     # --- who speaks to us ---
 
@@ -381,11 +351,10 @@ class Keeper:
                 self.stop_listening()
                 _say_last(sock)
                 return False
-            operation = self._operations.get(op)
-            if operation is None:
+            if op >= len(self._operations):
                 raise Refused(EINVAL)
             message = Message(sock, fd, request, arguments, data[REQUEST.size :], fds)
-            payload, sent, result = operation(message)
+            payload, sent, result = self._operations[op](message)
         except Refused as refusal:
             result, number, payload = -1, refusal.errno, refusal.written
         except OSError as error:
@@ -432,11 +401,12 @@ class Keeper:
                 raise Refused(EINVAL)
         elif len(payload) < request >> 16 & 0x3FFF:
             raise Refused(EINVAL)
-        for offset in INNER_FDS.get(request, ()):
-            if offset is not None:
-                (inner,) = struct.unpack_from("=I", payload, offset)
-                if inner not in self._held and not (offset and inner in (0, NO_FD)):
-                    raise Refused(EBADF)
+        if request == KVM_ENABLE_CAP and struct.unpack_from("=I", payload)[0] not in ENABLED:
+            raise Refused(EPERM)
+        for offset, optional in INNER_FDS.get(request, ()):
+            (inner,) = struct.unpack_from("=I", payload, offset)
+            if inner not in self._held and not (optional and inner in (0, NO_FD)):
+                raise Refused(EBADF)
         ctypes.memmove(self._buffer, payload + bytes(PAYLOAD_MAX - len(payload)), PAYLOAD_MAX)
         return self._buffer
 
@@ -514,13 +484,13 @@ class Keeper:
         return bitmap.raw, (), 0
 
     def _vcpu(self, message: Message) -> Answer:
-        fd, (slot, spinning, *_) = message.fd, message.arguments
+        fd, slot = message.fd, message.arguments[0]
         if slot >= SLOTS or slot in self._runners or fd in self._by_fd:
             raise Refused(EINVAL)
         self._room()
         unblocked = ~(1 << (KICK - 1)) & LARGEST_WORD
         ioctl(self._owned(fd), KVM_SET_SIGNAL_MASK, struct.pack("=IQ", 8, unblocked))
-        runner = VcpuRunner(fd, slot, self._words, spin_ns(spinning, len(self._runners) + 1))
+        runner = VcpuRunner(fd, slot, self._words)
         try:
             runner.thread.start()
         except RuntimeError:  # no more threads for this user
@@ -556,13 +526,13 @@ class Keeper:
         key = (name.rstrip(b"\0"), index)
         if key not in self._names or key[0] in NEEDED or self._names[key] in self._by_fd:
             raise Refused(EBADF)
-        fd = self._names.pop(key)
+        fd = self._names[key]
+        if any(mapped.memfd == fd for mapped in self._mappings.values()):
+            raise Refused(EBUSY)
+        del self._names[key]
         if fd not in self._names.values():
             self._held.discard(fd)
             os.close(fd)
-            for slot, mapped in self._mappings.items():
-                if mapped.memfd == fd:  # a number that may be another's soon
-                    self._mappings[slot] = mapped._replace(memfd=-1)
         return DONE
 
     def _table(self, message: Message) -> Answer:
@@ -615,9 +585,8 @@ def _hung_up(sock: socket.socket) -> bool:
 
 
 def confine(program: bytes, ruleset: int) -> None:
-    """Gain no privilege and have no capability; open and remove no file but as `ruleset` allows (Landlock;
-    -1: not restricted); make no system call but those of `program` (seccomp; empty: not restricted). For
-    good.
+    """Gain no privilege and have no capability, for good; open and remove no file but as `ruleset` allows
+    (Landlock; -1: any); make no system call but those of `program` (seccomp; empty: any).
     """
     libc = ctypes.CDLL(None, use_errno=True)
     code = ctypes.create_string_buffer(program, len(program) or 1)

@@ -35,11 +35,21 @@ ATTACH_TIMEOUT_S = 1.0  # for the kernel to close the connection of a VMM that h
 ENDING_TIMEOUT_S = 10.0  # from the keeper's last word to its end
 UNREACHABLE_S = 2.0  # how long a keeper waits for a VMM where none could ever find it
 NAP_S = 0.01
+SPIN_NS = 20_000
 NO_FD = -1
 
 KEEPER_NAME, SLOTS_NAME, GO_NAME, DONE_NAME = "keeper", "kvm-slots", "kvm-go", "kvm-done"
 GUEST_MEMFD_NAME = "guest-memfd"  # given to what KVM_CREATE_GUEST_MEMFD makes, in its order
 ADMITTED_NAME = "admitted"  # what has no other name; of no use to the next VMM
+# All that a keeper ever issues, the most frequent one first
+ISSUED = (
+    keeper.KVM_RUN,
+    *sorted(keeper.PASSED | keeper.CREATES | keeper.DEVICE_ATTRIBUTES),
+    keeper.KVM_SET_SIGNAL_MASK,
+    keeper.KVM_SET_USER_MEMORY_REGION,
+    keeper.KVM_SET_USER_MEMORY_REGION2,
+    keeper.KVM_GET_DIRTY_LOG,
+)
 
 
 @dataclass(frozen=True)
@@ -85,16 +95,13 @@ class KeeperPort:
 
     OWN_NAMES: ClassVar[frozenset[str]] = frozenset({SLOTS_NAME, GO_NAME, DONE_NAME})
 
-    def __init__(
-        self, sock: socket.socket, *, findable: bool = True, spin: int = keeper.SPIN_WITH_CORES
-    ) -> None:
+    def __init__(self, sock: socket.socket, *, findable: bool = True, spin: bool | None = None) -> None:
         """Ask who is there. Raises PeerError where that is no keeper, or one of another version."""
         sock.settimeout(ANSWER_TIMEOUT_S)
         self.pid = -1
         self._identity = 0
         self._findable = findable
-        self._spin = spin
-        self._spin_ns = 0
+        self._spin = spin  # None: where there are cores to spare
         self._sock = sock
         self._lock = threading.Lock()
         self._broken: str | None = None  # why nothing can be asked of the keeper any more
@@ -133,7 +140,7 @@ class KeeperPort:
         listener: socket.socket | None = None,
         program: Callable[[int], bytes] = lambda _: b"",
         ruleset: int = -1,
-        spin: int = keeper.SPIN_WITH_CORES,
+        spin: bool | None = None,
     ) -> KeeperPort:
         """Start a keeper process and attach to it; `listener` is where VMMs that come later will find it.
 
@@ -532,14 +539,22 @@ class KeeperPort:
         """See `Port.start_vcpu`: the keeper starts the thread, which waits for the first `run`."""
         self._name("vcpu", index, vcpu_fd)
         _, _, (go, done) = self._do(
-            keeper.OP_VCPU, f"run vCPU {index}", fd=self._number(vcpu_fd), arguments=[index, self._spin]
+            keeper.OP_VCPU, f"run vCPU {index}", fd=self._number(vcpu_fd), arguments=[index]
         )
         self._add_runner(vcpu_fd, index, go, done)
 
     def _add_runner(self, vcpu_fd: int, index: int, go: int, done: int) -> None:
         self._events[index] = go, done
         self._runners[vcpu_fd] = _Runner(self._slots(), index, go, done)
-        self._spin_ns = keeper.spin_ns(self._spin, len(self._runners))
+        self._decide_spin()
+
+    def _decide_spin(self) -> None:
+        """Whether both sides look at a slot before they sleep, the same for every vCPU: only where there is a
+        core to spare for both sides of each. It stands once the last vCPU is made.
+        """
+        enough = len(os.sched_getaffinity(0)) > 2 * len(self._runners)
+        for runner in self._runners.values():
+            runner.words[keeper.SPIN] = SPIN_NS if self._spin or (self._spin is None and enough) else 0
 
     def bind_thread(self, vcpu_fd: int) -> None:
         """See `Port.bind_thread`: the thread that is kicked is the keeper's."""
@@ -564,8 +579,7 @@ class KeeperPort:
         runner = self._runners[vcpu_fd]
         words = runner.words
         runner.proceed()
-        if self._spin_ns:
-            keeper.spin(words, self._spin_ns, equal=False)
+        keeper.spin(words, equal=False)
         while words[keeper.CALLED] != words[keeper.RETURNED]:
             if runner.leaving:
                 return False

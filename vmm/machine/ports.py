@@ -13,7 +13,7 @@ from functools import partial
 from vmm.errors import StateError
 from vmm.fds import FdStore, check_received
 from vmm.kvm import DirectPort, Port, keeper
-from vmm.kvm.keeper_port import ADMITTED_NAME, KEEPER_NAME, HeldFd, KeeperPort
+from vmm.kvm.keeper_port import ADMITTED_NAME, ISSUED, KEEPER_NAME, HeldFd, KeeperPort
 from vmm.sandbox import Mode, keeper_program, keeper_ruleset
 from vmm.sockets import listen
 
@@ -57,7 +57,7 @@ def start_keeper(path: str | None, sandbox: Mode) -> Port:
         ruleset = keeper_ruleset(sandbox, path)
         if ruleset >= 0:
             cleanup.callback(os.close, ruleset)
-        return KeeperPort.start(listener, partial(keeper_program, sandbox, ioctls=keeper.ISSUED), ruleset)
+        return KeeperPort.start(listener, partial(keeper_program, sandbox, ioctls=ISSUED), ruleset)
 
 
 def has_keeper(fds: FdStore) -> bool:

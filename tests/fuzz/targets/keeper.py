@@ -44,7 +44,7 @@ NAMES = (b"vm", b"vcpu", b"kvm-slots", b"kvm-go", b"ram", b"x" * 32)
 class FakeRunner:
     """A vCPU's thread that is none; busy while called and returned differ, as in the real one."""
 
-    def __init__(self, fd: int, slot: int, words: memoryview, spin_ns: int) -> None:
+    def __init__(self, fd: int, slot: int, words: memoryview) -> None:
         self.fd = fd
         self.go = os.eventfd(0)
         self.done = os.eventfd(0)
@@ -143,7 +143,7 @@ class Stage:
             assert not mapped.mapping.closed
         for named in self.keeper._names.values():
             assert named in self.keeper._held, f"fd {named} has a name and is not held"
-        self.keeper._operations.clear()  # a cycle, which would keep the slots mapped
+        self.keeper._operations = ()  # a cycle, which would keep the slots mapped
 
 
 def one(data: bytes) -> None:

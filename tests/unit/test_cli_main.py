@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -11,6 +13,7 @@ import pytest
 
 import vmm.cli.demo
 import vmm.cli.list
+from tests.processes import RUN_VMM
 from vmm.cli import main
 from vmm.cli.series import Ending, Record
 from vmm.errors import HandoverError
@@ -54,6 +57,23 @@ def test_sentences(
     assert capsys.readouterr() == ("", f"vmm: {sentence}\n")
 
 
+@pytest.mark.parametrize(
+    ("where", "status", "said"),
+    [("/dev/full", 6, b"vmm: No space left on device\n"), ("a pipe that nobody reads", 70, b"")],
+)
+def test_output_that_nobody_takes(where: str, status: int, said: bytes) -> None:
+    if where.startswith("/"):
+        fd = os.open(where, os.O_WRONLY)
+    else:
+        reader, fd = os.pipe()
+        os.close(reader)
+    ended = subprocess.run(
+        [sys.executable, "-c", RUN_VMM, "version"], stdout=fd, stderr=subprocess.PIPE, check=False, timeout=20
+    )
+    os.close(fd)
+    assert (ended.returncode, ended.stderr) == (status, said)
+
+
 @pytest.mark.parametrize("error", [KeyError("colour"), AssertionError(), RecursionError(), ImportError()])
 def test_an_error_of_the_vmm_s_own_is_shown_whole(
     raises: Raise, capsys: pytest.CaptureFixture[str], error: Exception
@@ -78,6 +98,7 @@ def test_an_interrupt(raises: Raise, capsys: pytest.CaptureFixture[str]) -> None
         (Ending(rounds=1, ticks=9, lost=0, errors=0), 0, ""),
         (Ending(rounds=1, ticks=9, lost=1, errors=0), 14, "vmm: something of the guest was lost or wrong"),
         (Ending(rounds=1, ticks=9, lost=0, errors=1), 14, "vmm: something of the guest was lost or wrong"),
+        (Ending(1, 9, lost=0, errors=0, unavailable=("pit",)), 14, "vmm: something of the guest was lost"),
     ],
 )
 def test_a_demo_s_guest(

@@ -51,14 +51,16 @@ def _guarded(module: str, arguments: argparse.Namespace) -> int:
 
     try:
         status: int = importlib.import_module(module).run(arguments)
+        sys.stdout.flush()  # so that what cannot be written is met here
     except VmmError as error:
         print(f"vmm: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
+        _give_up_stdout()  # whoever read our output has gone; there is nobody to tell
         return VmmError.exit_code
     except OSError as error:  # what nobody expected: the table of fds is full, a disk, …
         print(f"vmm: {_sentence(error)}", file=sys.stderr)
+        _give_up_stdout()
         return HostError.exit_code
     except KeyboardInterrupt:
         return 130
@@ -66,6 +68,14 @@ def _guarded(module: str, arguments: argparse.Namespace) -> int:
         traceback.print_exc()
         return VmmError.exit_code
     return status
+
+
+def _give_up_stdout() -> None:
+    """Forget what cannot be written: Python would try again at its end, and end with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
 
 def _sentence(error: OSError) -> str:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="default 60")
     parser.add_argument("--mode", choices=("rebuild", "adopt"), default="rebuild", help="default: rebuild")
     parser.add_argument("--memory", default="128M", metavar="SIZE", help="guest RAM, default 128M")
-    parser.add_argument("--cpus", type=int, default=1, metavar="N", help="number of vCPUs, default 1")
+    parser.add_argument("--cpus", type=int, default=2, metavar="N", help="number of vCPUs, default 2")
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
         f"the guest's turns a second: {calm:.0f} before, {stormy:.0f} then ({slow_down:.2f} times slower)",
         f"ticks: {record.ending.ticks}, lost: {record.ending.lost}, errors: {record.ending.errors}",
     ]
+    if record.ending.unavailable:
+        text.append(f"checks that this machine does not allow: {', '.join(record.ending.unavailable)}")
     return result, text, record.good
 
 

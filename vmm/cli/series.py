@@ -26,9 +26,18 @@ from vmm.cli.handover import hand_over, quit_and_wait
 from vmm.cli.launch import LaunchedVmm
 from vmm.cli.rundir import RunDir
 from vmm.errors import GuestCrash, HandoverError, PeerError, VmmError
+from vmm.machine.native import executes_avx
 from vmm.qmp.client import QmpClient
 from vmm.report.pause import ClockPoint, Quantiles, Window, handover_window, largest_gap_us, plain, quantiles
-from vmm.report.results import CPU_SIZE, HEADER_SIZE, GuestState, Results, ResultsError, parse_results
+from vmm.report.results import (
+    CPU_SIZE,
+    HEADER_SIZE,
+    CheckState,
+    GuestState,
+    Results,
+    ResultsError,
+    parse_results,
+)
 from vmm.report.ticks import Ticks
 
 START_S = 20.0
@@ -77,14 +86,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Ending:
-    """What became of the guest: its own count of rounds and ticks, what was lost of those, and what was
-    wrong.
+    """What became of the guest: its own count of rounds and ticks, what was lost of those, what was wrong,
+    and which checks it was to make and could not.
     """
 
     rounds: int
     ticks: int
     lost: int
     errors: int
+    unavailable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,9 +121,12 @@ class Record:
 
     @property
     def good(self) -> bool:
-        """Whether nothing was lost and nothing was wrong, and the VM stayed the same where it was to."""
+        """Whether nothing was lost and nothing was wrong, with every check made that was to be, and the VM
+        stayed the same where it was to.
+        """
         unchanged = self.mode != "adopt" or len(self.vms) == 1
-        return self.ending.lost == 0 and self.ending.errors == 0 and unchanged
+        ending = self.ending
+        return ending.lost == 0 and ending.errors == 0 and not ending.unavailable and unchanged
 
     @property
     def pids(self) -> list[int]:
@@ -162,6 +175,7 @@ class Record:
                 "ticks": self.ending.ticks,
                 "lost": self.ending.lost,
                 "errors": self.ending.errors,
+                "unavailable": list(self.ending.unavailable),
             },
             "pause_us": {name: plain(figures) for name, figures in self.pauses().items()},
             "phases_us": {name: plain(figures) for name, figures in self.phases().items()},
@@ -259,7 +273,7 @@ class Series:
         self.directory = RunDir(f"series-{os.getpid()}")
         self._memory = memory
         self._cpus = cpus
-        self._append = self.manners.append if append is None else append
+        self._append = self._options() if append is None else append
         self._on_line = on_line
         self._on_handover = on_handover
         self._steps: list[Step] = []
@@ -313,6 +327,12 @@ class Series:
         except BaseException:
             self.vmm.end()
             raise
+
+    def _options(self) -> str:
+        """The guest's own, and sentinel's checks of vector registers where guests can have them here."""
+        if self.guest == "sentinel" and executes_avx():
+            return f"{self.manners.append} fpu=1".lstrip()
+        return self.manners.append
 
     def _find_results(self) -> tuple[int, int]:
         """Where the guest keeps its results area: (gpa, bytes to read), once the guest has made it."""
@@ -427,7 +447,8 @@ class Series:
         lost, errors = self._lost + ticks.lost, before.errors + ticks.errors + (status != GUEST_ENDED_WELL)
         if ticks.last is not None:
             lost += max(0, before.ticks - ticks.last)
-        ending = Ending(before.rounds, before.ticks, lost, errors)
+        unavailable = (one.name for one in before.checks if one.state is CheckState.UNAVAILABLE)
+        ending = Ending(before.rounds, before.ticks, lost, errors, tuple(unavailable))
         steps, vms = tuple(self._steps), tuple(self.vms)
         return Record(self.mode, self.guest, self._memory, self._cpus, steps, vms, ending)
 

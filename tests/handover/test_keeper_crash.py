@@ -31,6 +31,7 @@ from vmm.machine.config import MachineConfig
 from vmm.machine.hypervisor import Origin
 from vmm.machine.machine import Machine, MachineState
 from vmm.machine.ports import find_keeper
+from vmm.qmp.client import QmpClient
 from vmm.sockets import listen
 from vmm.state import Arena
 from vmm.trace import Tracer
@@ -510,6 +511,24 @@ def test_a_supervisor_restarts_the_vmm(guest: KeptGuest) -> None:
     assert supervisor.wait() == 0, supervisor.output()
     wait_for("its end", lambda: ended(pid))
     assert not list(guest.folder.glob("*.sock"))
+
+
+def test_a_supervisor_s_next_vmm_has_the_same_options(guest: KeptGuest) -> None:
+    extra = guest.folder.parent / "extra"
+    supervisor = guest.verb(
+        *("run", "ticker", "--append=rate=50", f"--serial=file:{guest.out}", f"--name={NAME}"),
+        *("--restart=always", f"--qmp=unix:{extra}", "--sandbox=off", "-v"),
+    )
+    monitor = guest.folder / "qmp.sock"
+    first = wait_for("a VMM", lambda: vmm_at(monitor, set()))
+    os.kill(first, signal.SIGKILL)
+    second = wait_for("a VMM", lambda: vmm_at(monitor, {first}))
+    with QmpClient.connect(extra) as client:
+        assert client.pid == second
+    told = Path(f"/proc/{second}/cmdline").read_bytes().split(b"\0")
+    assert {b"attach", b"--sandbox=off", b"-v"} <= set(told)
+    os.kill(supervisor.pid, signal.SIGTERM)
+    assert supervisor.wait() == 0, supervisor.output()
 
 
 def vmm_at(monitor: Path, seen: set[int]) -> int | None:

@@ -7,6 +7,7 @@ one. So a handover to a VMM that somebody else started, or a crash of that one, 
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
@@ -24,7 +25,34 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.05  # between two looks while somebody else's VMM serves the guest
 BACK_OFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-MOST_RESTARTS, WINDOW_S = 20, 60.0
+MOST_RESTARTS, WINDOW_S = 10, 60.0  # the waits before these ten are 24 s: the rest is for VMMs to start in
+
+
+class BackOff:
+    """How long to wait before a restart, by how many there were lately."""
+
+    def __init__(self) -> None:
+        self._starts: deque[float] = deque(maxlen=MOST_RESTARTS)
+
+    def before_restart(self, now: float) -> float | None:
+        """Seconds to wait; None where there were too many restarts before `now`, a moment in seconds."""
+        recent = sum(1 for start in self._starts if start > now - WINDOW_S)
+        if recent >= MOST_RESTARTS:
+            return None
+        wait = BACK_OFF_S[min(recent, len(BACK_OFF_S) - 1)]
+        self._starts.append(now + wait)
+        return wait
+
+
+def attach_options(arguments: list[str]) -> list[str]:
+    """What of the arguments of `vmm run` holds for the VMMs that come after it as well."""
+    from vmm.cli.run import add_arguments
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = parser.parse_intermixed_args(arguments)
+    sandbox = [] if given.sandbox is None else [f"--sandbox={given.sandbox}"]
+    return [*(f"--qmp={where}" for where in given.qmp), *sandbox, *["-v"] * given.verbose]
 
 
 class Supervisor:
@@ -33,7 +61,7 @@ class Supervisor:
     def __init__(self, directory: RunDir) -> None:
         self._directory = directory
         self._child: subprocess.Popen[bytes] | None = None
-        self._starts: deque[float] = deque(maxlen=MOST_RESTARTS)
+        self._back_off = BackOff()
         self._told: int | None = None
 
     def run(self, first: list[str]) -> int:
@@ -50,9 +78,9 @@ class Supervisor:
                 time.sleep(LOOK_S)
             else:
                 log.warning("%s: VMM gone (status %d), guest not", self._directory.name, status)
-                self._back_off()
+                self._wait()
                 if self._told is None:
-                    status = self._serve(["attach", self._directory.name])
+                    status = self._serve(["attach", self._directory.name, *attach_options(first)])
         return status
 
     def _serve(self, arguments: list[str]) -> int:
@@ -72,16 +100,14 @@ class Supervisor:
                 end_keeper(str(path))
         time.sleep(LOOK_S)
 
-    def _back_off(self) -> None:
-        now = time.monotonic()
-        recent = sum(1 for start in self._starts if start > now - WINDOW_S)
-        if recent >= MOST_RESTARTS:
+    def _wait(self) -> None:
+        wait_s = self._back_off.before_restart(time.monotonic())
+        if wait_s is None:
             raise HandoverError(
-                f"{self._directory.name}: {recent} VMMs within {WINDOW_S:g} s did not last; the guest waits "
-                f"in its keeper: see the log, then 'vmm attach {self._directory.name}'"
+                f"{self._directory.name}: {MOST_RESTARTS} VMMs within {WINDOW_S:g} s did not last; the guest "
+                f"waits in its keeper: see the log, then 'vmm attach {self._directory.name}'"
             )
-        time.sleep(BACK_OFF_S[min(recent, len(BACK_OFF_S) - 1)])
-        self._starts.append(now)
+        time.sleep(wait_s)
 
     def _pass_on(self, number: int, _frame: object) -> None:
         self._told = number

@@ -14,11 +14,11 @@ from vmm.report.table import table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the matrix is shared with the tests
 
-from tests.handover.fault_matrix import KINDS, PROBLEMS, Outcome, cells, line, run_matrix, totals
+from tests.handover.fault_matrix import KINDS, MODES, PROBLEMS, Outcome, cells, line, run_matrix, totals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mode", choices=("rebuild", "adopt"), default="rebuild", help="default: rebuild")
+    parser.add_argument("--mode", choices=MODES, help="default: both")
     parser.add_argument("--only", default="", metavar="TEXT", help="the cells with TEXT in their name")
 
 
@@ -26,12 +26,17 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
     chosen = [cell for cell in cells() if arguments.only in str(cell)]
     if not chosen:
         raise UsageError(f"--only {arguments.only}: no cell has that in its name")
-    outcomes = run_matrix(chosen, mode=arguments.mode, show=lambda outcome: host.say(line(outcome)))
+    modes = [arguments.mode] if arguments.mode else list(MODES)
+    outcomes = [
+        outcome
+        for mode in modes
+        for outcome in run_matrix(chosen, mode=mode, show=lambda outcome: host.say(line(outcome)))
+    ]
     counts = totals(outcomes)
     record = {
         "benchmark": "faults",
         "host": host.description(),
-        "mode": arguments.mode,
+        "modes": {mode: totals([outcome for outcome in outcomes if outcome.mode == mode]) for mode in modes},
         **counts,
         "matrix": [outcome.as_dict() for outcome in outcomes],
     }
@@ -44,7 +49,7 @@ def _matrix(outcomes: list[Outcome]) -> list[str]:
     for outcome in outcomes:
         cell = outcome.cell
         after = f" (after {cell.provoke})" if cell.provoke else ""
-        name = f"{cell.side} {cell.point}{after}{' paused' * cell.paused}"
+        name = f"{outcome.mode:7} {cell.side} {cell.point}{after}{' paused' * cell.paused}"
         rows.setdefault(name, {})[cell.kind] = outcome.who + "!" * bool(outcome.problems)
     kinds = sorted({outcome.cell.kind for outcome in outcomes}, key=KINDS.index)
     return table(

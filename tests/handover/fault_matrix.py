@@ -6,6 +6,9 @@ the guest's own memory must show that it runs where the VMMs say it is and nowhe
 agree, the survivor must say what happened and hold no fd more than before, and a second handover must work.
 Where that leads is where the next cell starts.
 
+Each cell is there in both modes. By `adopt` the guest lives in a keeper: where a VMM died with it, `vmm
+attach` has to find it there, and it has to go on. The keeper, too, must hold no fd more than before.
+
 `python -m tests.handover.fault_matrix` runs the whole matrix, tests/handover/test_faults.py a part of it.
 """
 
@@ -15,6 +18,7 @@ import argparse
 import fcntl
 import mmap
 import os
+import re
 import signal
 import struct
 import sys
@@ -26,13 +30,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.handover.stage import connect, open_fds
+from tests.handover import stage
+from tests.handover.stage import connect
 from tests.processes import Spawn, Spawned
 from vmm.errors import PeerError
+from vmm.machine.ports import end_keeper
 from vmm.qmp.backend import QmpError
 from vmm.qmp.client import QmpClient
 from vmm.report.results import CPU_SIZE, HEADER_SIZE, GuestState, Results, ResultsError, parse_results
 
+MODES = ("rebuild", "adopt")
 OLD, NEW, NOBODY = frozenset({"old"}), frozenset({"new"}), frozenset({"nobody"})
 EITHER = OLD | NEW
 
@@ -251,9 +258,10 @@ PROBLEMS = (
 
 @dataclass
 class Outcome:
-    """Of one cell."""
+    """Of one cell. `who` is `keeper` where no VMM had the guest, and `vmm attach` found it in its keeper."""
 
     cell: Cell
+    mode: str = "rebuild"
     who: str = "nobody"
     old: str = ""  # what became of each VMM, in its own words
     new: str = ""
@@ -346,6 +354,11 @@ def _open_memfd(pid: int, name: str) -> int:
         if os.readlink(path).startswith(f"/memfd:{name}"):
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     raise Lost(f"process {pid} has no memfd {name}")
+
+
+def open_fds(pid: int) -> list[str]:
+    """What a process has open, sorted. A file that was replaced meanwhile is the file that it was."""
+    return sorted(what.removesuffix(" (deleted)") for what in stage.open_fds(pid))
 
 
 def _within(seconds: float, look: Callable[[], bool]) -> bool:
@@ -458,7 +471,10 @@ class Matrix:
         self._vmms: list[Vmm] = []
         self._current: Vmm | None = None
         self._guest: Guest | None = None
+        self._name = ""  # of the guest, where it has a keeper
+        self._keeper = 0  # its pid
         self._fds: list[str] = []  # what a VMM that received the guest has open
+        self._keepers_fds: list[str] = []  # and what the keeper has then
 
     def close(self) -> None:
         """End every process."""
@@ -474,7 +490,7 @@ class Matrix:
         """The outcomes, as they come."""
         todo = list(cells)
         for cell, following in zip(todo, [*todo[1:], None], strict=True):
-            outcome = Outcome(cell)
+            outcome = Outcome(cell, self._mode)
             start = time.monotonic()
             try:
                 self._run_cell(cell, following, outcome)
@@ -492,18 +508,20 @@ class Matrix:
                 vmm.close()
                 vmm.process.end()
         self._vmms = [vmm for vmm in self._vmms if vmm is self._current]
+        for path in self._folder.glob("vmm/*/keeper-*.sock"):
+            if self._current is None or path.parent.name != self._name:
+                try:
+                    end_keeper(str(path))
+                except PeerError:
+                    continue  # it is ending, or has ended
 
     def _start(self, *arguments: str, faults: str = "") -> Vmm:
         self._count += 1
         name = f"q{self._count}"
-        process = self._spawn.vmm(
-            "run",
-            "-v",
-            "--keeper" if self._mode == "adopt" else "--no-keeper",
-            f"--qmp=unix:{self._folder / name}",
-            *arguments,
-            env={"VMM_FAULT": faults} if faults else None,
-        )
+        env = {"VMM_FAULT": faults} if faults else {}
+        if self._mode == "adopt":
+            env["XDG_RUNTIME_DIR"] = str(self._folder)
+        process = self._spawn.vmm(*arguments, "-v", f"--qmp=unix:{self._folder / name}", env=env)
         vmm = Vmm(process, self._folder, self._count)
         self._vmms.append(vmm)
         return vmm
@@ -512,6 +530,8 @@ class Matrix:
         number = self._count + 1
         cpr = f"cpr,addr.transport=socket,addr.type=unix,addr.path={self._folder / f'c{number}'}"
         new = self._start(
+            "run",
+            *self._keeping(),
             f"--incoming=unix:{self._folder / f'm{number}'}",
             f"--incoming={cpr}",
             f"--handover={self._mode}",
@@ -519,6 +539,16 @@ class Matrix:
         )
         new.prepare(deadlines_ms)
         return new
+
+    def _keeping(self) -> tuple[str, ...]:
+        return ("--keeper", f"--name={self._name}") if self._mode == "adopt" else ("--no-keeper",)
+
+    def _attach(self) -> Vmm:
+        """A VMM for the guest that has none. Raises Lost where it does not get it."""
+        vmm = self._start("attach", self._name)
+        if not _within(SETTLE_S, lambda: vmm.dead or vmm.has_guest) or vmm.dead:
+            raise Lost(f"{vmm.process} does not get the guest{vmm.process.output()}")
+        return vmm
 
     def _hand_over(self, old: Vmm, new: Vmm) -> None:
         """A handover in which nothing goes wrong. Raises Lost where it does."""
@@ -536,16 +566,40 @@ class Matrix:
 
     def _cold_start(self, faults: str) -> Vmm:
         """A guest that has been handed over once."""
-        first = self._start(self._image, "--append=pattern=64K", "--serial=null", "--memory=32M")
+        self._name = f"g{self._count}"
+        options = ("--append=pattern=64K", "--serial=null", "--memory=32M")
+        first = self._start("run", self._image, *options, *self._keeping())
         first.prepare(LONG_MS)
         self._guest = Guest(first.pid)
         if not self._guest.moves():
             raise Lost(f"{first.process}: the guest does not move{first.process.output()}")
         second = self._await_guest(faults, LONG_MS)
         self._hand_over(first, second)
+        if self._mode == "adopt":
+            self._keeper = second.ask("x-vmm-stats")["vm"]["process"]
         if not self._fds:
             self._fds = open_fds(second.pid)
+            self._keepers_fds = self._held_by_keeper()
         return second
+
+    def _held_by_keeper(self) -> list[str]:
+        """What its keeper has open; a name that has the VMM's pid in it, without that."""
+        if self._mode != "adopt":
+            return []
+        return sorted(re.sub(r"\d+", "N", what) for what in open_fds(self._keeper))
+
+    def _check_leaks(self, vmm: Vmm, who: str, outcome: Outcome) -> None:
+        """The VMM that has the guest has no fd more than before, nor less."""
+        self._compare(who, lambda: self._fds if vmm.dead else open_fds(vmm.pid), self._fds, outcome)
+
+    def _check_keeper(self, outcome: Outcome) -> None:
+        """Nor has its keeper, once no other VMM is there."""
+        self._compare("keeper", self._held_by_keeper, self._keepers_fds, outcome)
+
+    def _compare(self, who: str, look: Callable[[], list[str]], before: list[str], outcome: Outcome) -> None:
+        if not _within(1.0, lambda: look() == before):
+            more, less = Counter(look()) - Counter(before), Counter(before) - Counter(look())
+            outcome.blame("leaked fd", f"{who}: more: {dict(more)}, less: {dict(less)}")
 
     def _run_cell(self, cell: Cell, following: Cell | None, outcome: Outcome) -> None:
         old = self._current
@@ -566,17 +620,21 @@ class Matrix:
         if outcome.who == "nobody":
             self._forget()
             return
-        survivor, other = (old, new) if outcome.who == "old" else (new, old)
-        if not _within(1.0, lambda: survivor.dead or open_fds(survivor.pid) == self._fds):
-            left = Counter(open_fds(survivor.pid)) - Counter(self._fds)
-            gone = Counter(self._fds) - Counter(open_fds(survivor.pid))
-            outcome.blame("leaked fd", f"{outcome.who}: more: {dict(left)}, less: {dict(gone)}")
+        if outcome.who == "keeper":
+            survivor, others = self._attach(), [old, new]
+            self._look_again(cell, survivor, guest, outcome)
+        else:
+            survivor, other = (old, new) if outcome.who == "old" else (new, old)
+            others = [other]
+            self._check_leaks(survivor, outcome.who, outcome)
         if survivor.dead:
             raise Lost(f"{survivor.process} had the guest, and ended{survivor.process.output()}")
         if cell.paused:
             survivor.ask("cont")
-        if not other.dead:
-            other.end()
+        for other in others:
+            if not other.dead:
+                other.end()
+        self._check_keeper(outcome)
         survivor.prepare(LONG_MS)
         second = self._await_guest(following.faults_of("outgoing") if following else "", LONG_MS)
         try:
@@ -592,7 +650,22 @@ class Matrix:
             outcome.blame("no second handover", f"the guest moves: {moves}{second.process.output()}")
             self._forget()
             return
+        if outcome.who == "keeper":
+            self._check_leaks(second, "the VMM after the one that attached", outcome)
         self._current = second
+
+    def _look_again(self, cell: Cell, vmm: Vmm, guest: Guest, outcome: Outcome) -> None:
+        """The guest goes on in the VMM that has attached, or is paused there as it was."""
+        if cell.paused:
+            if vmm.run_state != "paused" or not guest.stands():
+                outcome.blame("guest complaint", f"it was paused, and is {vmm.run_state} now")
+        elif not guest.moves():
+            outcome.blame("lost guest", f"{vmm.process} has attached, and the guest does not move")
+        if not guest.token_held():
+            outcome.blame("double run", f"{vmm.process} has attached without the token")
+        complaint = guest.complaint()
+        if complaint is not None:
+            outcome.blame("guest complaint", f"after the attach {complaint}")
 
     def _settle(self, old: Vmm, new: Vmm, outcome: Outcome) -> None:
         """Wait until both sides have come to an end; continue what was stopped once the other side has."""
@@ -620,7 +693,7 @@ class Matrix:
         if having and not cell.paused:
             if not guest.moves():
                 outcome.blame("lost guest", f"{having[0]} says that the guest runs, and it does not move")
-        elif not guest.stands():
+        elif (self._mode != "adopt" or cell.paused) and not guest.stands():
             outcome.blame("double run", "the guest moves, and nobody says that it runs there")
         complaint = guest.complaint()
         if complaint is not None:
@@ -631,7 +704,9 @@ class Matrix:
             )
         if guest.epoch() < epoch:
             outcome.blame("double run", f"the epoch went back from {epoch} to {guest.epoch()}")
-        if outcome.who not in cell.expected:
+        if outcome.who == "nobody" and self._mode == "adopt" and cell.expected == NOBODY:
+            outcome.who = "keeper"  # as is to be seen
+        elif outcome.who not in cell.expected:
             kind = "lost guest" if not having else "wrong place"
             outcome.blame(kind, f"it is with {outcome.who}, not {' or '.join(sorted(cell.expected))}")
 
@@ -644,6 +719,8 @@ class Matrix:
         outcome.new = self._new_says(new, outcome)
 
     def _old_says(self, cell: Cell, old: Vmm, outcome: Outcome) -> str:
+        if outcome.who == "keeper":  # it leaves the guest to who comes next, unless it had been told more
+            _within(2.0, lambda: old.dead or old.answers("query-migrate").get("status") == "completed")
         if old.dead:
             status = old.process.wait()
             if status == -signal.SIGKILL:
@@ -654,7 +731,9 @@ class Matrix:
             return f"ended with {status}"
         answer = old.answers("query-migrate")
         status, error = answer.get("status"), answer.get("error-desc")
-        wanted = {"old": ("failed", "cancelled"), "new": ("completed",), "nobody": ("failed",)}[outcome.who]
+        wanted = {"old": ("failed", "cancelled"), "new": ("completed",), "nobody": ("failed",)}[
+            "nobody" if outcome.who == "keeper" else outcome.who
+        ]
         if cell.point == CONFIRMED:
             wanted = ("completed",)  # whatever became of the new VMM after it had said so
         word = {"failed": ("handover failed", "handover lost"), "cancelled": ("handover cancelled",)}
@@ -721,7 +800,8 @@ def totals(outcomes: list[Outcome]) -> dict[str, Any]:
 
 def line(outcome: Outcome) -> str:
     """One cell for the terminal."""
-    words = f"{outcome.cell!s:58} guest: {outcome.who:7} old: {outcome.old:.70}; new: {outcome.new:.70}"
+    where = f"{outcome.mode:7} {outcome.cell!s:58} guest: {outcome.who:7}"
+    words = f"{where} old: {outcome.old:.70}; new: {outcome.new:.70}"
     return "".join([words, *(f"\n    {kind.upper()}: {text}" for kind, text in outcome.problems)])
 
 
@@ -729,16 +809,18 @@ def main() -> int:
     """`python -m tests.handover.fault_matrix`: for a look at some cells; scripts/bench faults measures."""
     parser = argparse.ArgumentParser(prog="fault_matrix")
     parser.add_argument("only", nargs="?", default="", help="cells with this in their name")
-    parser.add_argument("--mode", choices=("rebuild", "adopt"), default="rebuild")
+    parser.add_argument("--mode", choices=MODES, action="append", help="default: both")
     parser.add_argument("--guest", choices=("sentinel", "ticker"), default="sentinel")
     arguments = parser.parse_args()
     chosen = [cell for cell in cells() if arguments.only in str(cell)]
-    outcomes = run_matrix(
-        chosen,
-        mode=arguments.mode,
-        guest=arguments.guest,
-        show=lambda outcome: print(line(outcome), flush=True),  # noqa: T201
-    )
+    outcomes = []
+    for mode in arguments.mode or MODES:
+        outcomes += run_matrix(
+            chosen,
+            mode=mode,
+            guest=arguments.guest,
+            show=lambda outcome: print(line(outcome), flush=True),  # noqa: T201
+        )
     print(totals(outcomes))  # noqa: T201
     return int(any(outcome.problems for outcome in outcomes))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.handover.fault_matrix import KINDS, NEW, OLD, PROBLEMS, STEPS, Cell, Matrix, Outcome, cells
+from tests.handover.fault_matrix import KINDS, NEW, NOBODY, OLD, PROBLEMS, STEPS, Cell, Matrix, Outcome, cells
 from tests.processes import ROOT, Spawn
 from vmm.cpr import faults
 from vmm.errors import UsageError
@@ -19,11 +19,9 @@ CHOSEN = {
     "the old VMM dies before the state is told": ["outgoing:pause:kill", "outgoing:send_state:kill"],
     "the old VMM dies once it is": [
         "outgoing:after-send_state:kill",
-        "outgoing:after-release_token:kill",
         "outgoing:receive_running:kill",
     ],
     "the new VMM dies before it has the token": [
-        "incoming:build:kill",
         "incoming:load:kill",
         "incoming:take_token:kill",
     ],
@@ -34,28 +32,45 @@ CHOSEN = {
         "outgoing:keep_token:kill (incoming:send_prepared:stop)",
         "outgoing:after-roll_back:kill (incoming:send_prepared:stop)",
     ],
-    "a step fails": ["incoming:load:fail", "outgoing:send_commit:break", "incoming:send_running:break"],
+    "a step fails": ["outgoing:send_commit:break", "incoming:send_running:break"],
     "a connection is lost": ["outgoing:after-connect_main:hang-up", "incoming:send_prepared:hang-up"],
     "it is cancelled": ["outgoing:begin_commit:cancel", "outgoing:after-begin_commit:cancel"],
+    "adopt: a VMM dies, and the guest lives in its keeper": [
+        "outgoing:send_state:kill",
+        "incoming:after-take_token:kill",
+        "outgoing:pause:kill paused",
+    ],
+    "adopt: the guest stays or goes": [
+        "outgoing:after-send_state:kill",
+        "outgoing:after-release_token:stop",
+        "incoming:load:fail",
+    ],
     "the guest is paused": ["outgoing:receive_prepared:fail paused", "outgoing:after-send_state:kill paused"],
 }
 
 
 @pytest.fixture
-def run_cells(kvm_device: Path, tmp_socket_dir: Path) -> Iterator[Run]:
-    """Runs cells in a matrix of their own."""
-    matrix = Matrix(tmp_socket_dir, mode="rebuild")
+def run_cells(request: pytest.FixtureRequest, kvm_device: Path, tmp_socket_dir: Path) -> Iterator[Run]:
+    """Runs cells in a matrix of their own, of the mode that the parameter says."""
+    matrix = Matrix(tmp_socket_dir, mode=getattr(request, "param", "rebuild"))
     yield lambda chosen: list(matrix.run(chosen))
     matrix.close()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(100)
-@pytest.mark.parametrize("names", CHOSEN.values(), ids=CHOSEN)
+@pytest.mark.parametrize(
+    ("run_cells", "names"),
+    [("adopt" if what.startswith("adopt") else "rebuild", names) for what, names in CHOSEN.items()],
+    indirect=["run_cells"],
+    ids=CHOSEN,
+)
 def test_never_two_never_none(run_cells: Run, names: list[str]) -> None:
     by_name = {str(cell): cell for cell in cells()}
     for outcome in run_cells([by_name[name] for name in names]):
-        assert outcome.problems == [], f"{outcome.cell}: {outcome.problems}"
+        assert outcome.problems == [], f"{outcome.mode} {outcome.cell}: {outcome.problems}"
+        if outcome.mode == "adopt" and outcome.cell.expected == NOBODY:
+            assert outcome.who == "keeper"
 
 
 @pytest.mark.slow

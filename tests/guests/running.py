@@ -75,6 +75,20 @@ class DeviceModel:
             self.latch, self.latch_writes = value, self.latch_writes + 1
 
 
+def symbol(image: Path, source: str, name: str) -> int:
+    """The address of that variable or function of one of a guest's source files."""
+    with image.open("rb") as file:
+        where = ""
+        table = ELFFile(file).get_section_by_name(".symtab")
+        assert isinstance(table, SymbolTableSection)
+        for one in table.iter_symbols():
+            if one["st_info"]["type"] == "STT_FILE":
+                where = one.name
+            elif one.name == name and (where == source or one["st_info"]["bind"] == "STB_GLOBAL"):
+                return int(one["st_value"])
+    raise AssertionError(f"{source} has no {name}")
+
+
 class RunningGuest:
     """`stopped` lets a test change vCPUs, VM, memory and devices; `held` keeps vCPUs from going on."""
 
@@ -257,16 +271,7 @@ class RunningGuest:
 
     def symbol(self, source: str, name: str) -> int:
         """The address of that variable or function of one of the guest's source files."""
-        with self.image.path.open("rb") as file:
-            where = ""
-            table = ELFFile(file).get_section_by_name(".symtab")
-            assert isinstance(table, SymbolTableSection)
-            for symbol in table.iter_symbols():
-                if symbol["st_info"]["type"] == "STT_FILE":
-                    where = symbol.name
-                elif symbol.name == name and (where == source or symbol["st_info"]["bind"] == "STB_GLOBAL"):
-                    return int(symbol["st_value"])
-        raise AssertionError(f"{source} has no {name}")
+        return symbol(self.image.path, source, name)
 
     def load(self, gpa: int) -> int:
         """The u64 at `gpa`."""

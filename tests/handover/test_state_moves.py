@@ -403,6 +403,21 @@ def test_an_eventfd_raises_its_interrupt_whenever_it_is_signalled(irqchip: str, 
 
 
 @pytest.mark.usefixtures("with_irqfd")
+def test_what_is_lost_of_an_eventfds_count_raises_nothing() -> None:
+    one = paused_rig("kernel")
+    try:
+
+        def lose(machine: Machine) -> None:
+            signal(machine)
+            os.eventfd_read(machine.fds.get("irqfd"))
+
+        one.hand_over(saved=lose)
+        assert not raised(one.machine)
+    finally:
+        one.close()
+
+
+@pytest.mark.usefixtures("with_irqfd")
 @pytest.mark.parametrize("step", ["saved", "loaded"])
 def test_an_eventfd_raises_its_interrupt_after_a_handover_that_failed(step: str) -> None:
     one = paused_rig("kernel")

@@ -11,15 +11,18 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.guests.running import symbol
 from tests.handover.rig import Rig, Step, rig
 from tests.native import need_native_instructions
-from vmm.errors import GuestCrash
+from vmm.boot.image import find_image
+from vmm.errors import GuestCrash, StateError
 from vmm.kvm import MpState, abi
+from vmm.machine import lapic_state as lapic
+from vmm.machine.config import kept_config
 from vmm.machine.cpuid_state import kept_cpuid
 from vmm.machine.lapic_state import INITIAL_COUNT, LVT_TIMER, write_register
 from vmm.machine.machine import Machine
@@ -89,6 +92,16 @@ def no_timer(section: Any) -> None:
     write_register(section.registers, LVT_TIMER, 1 << 16)
 
 
+def slower_period(section: Any) -> None:
+    """A periodic timer takes three times as long: its interrupts are in time, but too few."""
+    if lapic.timer_mode(section.registers) is lapic.TimerMode.PERIODIC:
+        write_register(section.registers, INITIAL_COUNT, 60_000_000)
+
+
+def other_apic_base(sregs: Any) -> None:
+    sregs.apic_base ^= 1 << 8  # the flag of the first processor
+
+
 def no_requests(section: Any) -> None:
     for at in range(0x200, 0x280, 0x10):
         write_register(section.registers, at, 0)
@@ -101,6 +114,12 @@ def no_clock_line(machine: Machine) -> None:
 def no_tsc_offset(machine: Machine) -> None:
     for tsc in machine.hypervisor.tscs:
         tsc.section.has_offset = 0
+
+
+def tsc_ahead(machine: Machine) -> None:
+    """By 20 ms: no step back, but away from kvmclock."""
+    for tsc in machine.hypervisor.tscs:
+        tsc.section.offset = (tsc.section.offset + 20 * tsc.section.khz) % (1 << 64)
 
 
 def other_pattern(machine: Machine) -> None:
@@ -143,6 +162,9 @@ ROWS = (
     Row("pit2", "pit", at_birth("vm/pit2")),
     Row("regs", "registers", at_birth("vcpu/regs"), crash=True),
     Row("sregs2", "control", changed("sregs2", set_to(cr2=0x1234_5000))),
+    Row("sregs2-idt", "control", changed("sregs2", lambda sregs: set_to(limit=0xFFE)(sregs.idt))),
+    Row("sregs2-gdt", "control", changed("sregs2", lambda sregs: set_to(limit=0xFFF)(sregs.gdt))),
+    Row("sregs2-apic-base", "msr", changed("sregs2", other_apic_base)),
     Row("xsave", "xmm", at_birth("vcpu/xsave")),
     Row("xsave", "x87", at_birth("vcpu/xsave")),
     Row("debugregs", "debug", at_birth("vcpu/debugregs")),
@@ -150,9 +172,12 @@ ROWS = (
     Row("msrs", "mtrr", at_birth("vcpu/msrs")),
     Row("lapic", "lapic", at_birth("vcpu/lapic")),
     Row("lapic-timer", "timer", changed("lapic", no_timer), options=STALL),
+    Row("lapic-period", "timer", changed("lapic", slower_period), handovers=300),
     Row("mp_state", "cpus", at_birth("vcpu/mp_state"), cpus=2, options=STALL),
     Row("testdev", "pio", cleared("testdev")),
     Row("testdev", "mmio", cleared("testdev")),
+    Row("serial", "ports", cleared("serial")),
+    Row("reset", "ports", cleared("reset"), handovers=30),
 )
 
 
@@ -261,60 +286,119 @@ def test_string_io_left_half_done_is_noticed() -> None:
         assert noticed(one, row).startswith("pio ")
 
 
-# xor esi, esi; again: mov eax, [0xfed20000]; inc esi; cmp eax, esi; je again; mov al, 1; out 0xf4, al; hlt
-COUNTS_READS = bytes.fromhex("31f6 a10000d2fe 46 39f0 74f6 b001 e6f4 f4")
-
-
-class ReadsCount(ctypes.LittleEndianStructure):
-    """A device whose every read is one more: sentinel's test device has no such register in memory."""
-
-    VERSION = 1
-    _fields_ = (("reads", ctypes.c_uint32),)
-
-    def read(self, offset: int, size: int) -> bytes:
-        self.reads += 1
-        return self.reads.to_bytes(size, "little")
-
-    def write(self, offset: int, data: bytes) -> None:
-        raise AssertionError("the guest only reads")
-
-
-def attach_counter(machine: Machine) -> None:
-    machine.mmio.attach(0xFED20000, 4, machine.arena.place("reads", 0, ReadsCount), "counter")
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A guest that counts its reads of a device that counts them too, and ends where they differ."""
-    build = Machine._build_devices
-
-    def build_more(machine: Machine, reactor: Any) -> None:
-        build(machine, reactor)
-        attach_counter(machine)
-
-    monkeypatch.setattr(Machine, "_build_devices", build_more)
-    image = tmp_path / "counts"
-    image.write_bytes(COUNTS_READS)
-    return image
-
-
-def hand_over_counting(image: Path, handovers: int) -> str | BaseException | None:
-    with rig(kernel=str(image), entry_mode="protected32") as one:
-        for _ in range(handovers):
-            one.hand_over()
-            if (end := one.end(timeout_s=0.01)) is not None:
-                return end
-        assert one.machine.arena.place("reads", 0, ReadsCount).reads > handovers
-    return None
-
-
 @pytest.mark.usefixtures("_exits_left_half_done")
-def test_a_read_of_memory_left_half_done_is_noticed(counted: Path) -> None:
-    assert hand_over_counting(counted, 100) == "debug-exit with status 3"
+def test_memory_io_left_half_done_is_noticed() -> None:
+    row = Row("exit", "mmio", lambda machine: None, handovers=200)
+    with rig(kernel="sentinel", append="checks=mmio pattern=4M", testdev=True) as one:
+        one.wait_for(lambda results: True)
+        one.go_on(turns=100)
+        assert noticed(one, row).startswith("mmio ")
 
 
-def test_reads_of_memory_happen_once(counted: Path) -> None:
-    assert hand_over_counting(counted, 50) is None
+def test_a_changed_register_is_noticed() -> None:
+    """Changed while nothing but the check relies on it."""
+    start = symbol(find_image("sentinel"), "registers.S", "registers_hold")
+    regs = abi.kvm_regs()
+
+    def holds(machine: Machine) -> bool:
+        machine.hypervisor.vcpus[0].get_regs(regs)
+        return start < regs.rip < start + 0x200 and regs.rcx in range(1, 9) and regs.rsi - regs.rbp == 0x4444
+
+    with rig(kernel="sentinel", append="checks=registers pattern=1M") as one:
+        one.wait_for(lambda results: True)
+        deadline = time.monotonic() + 30.0
+        one.machine.stop()
+        while not holds(one.machine):
+            assert time.monotonic() < deadline
+            one.machine.cont()
+            time.sleep(0.0005)
+            one.machine.stop()
+        one.hand_over(saved=changed("regs", set_to(r15=regs.r15 ^ 1 << 40)))
+        one.machine.cont()
+        assert finding(one, NOTICED_S).startswith("registers ")
+
+
+def test_a_lost_nmi_is_noticed() -> None:
+    """One vCPU stands still until the other has sent it an NMI; that is dropped."""
+
+    def drop(machine: Machine) -> None:
+        pending = [state.sections["events"].nmi.pending for state in machine.hypervisor.vcpu_states]
+        assert pending[1]
+        changed("events", lambda events: set_to(pending=0)(events.nmi))(machine)
+
+    with rig(kernel="sentinel", append="checks=nmi pattern=4M stall_ms=2000", cpus=2) as one:
+        one.wait_for(lambda results: True)
+        one.go_on(turns=100)
+        one.machine.threads[1].pause()
+        time.sleep(0.1)
+        assert noticed(one, Row("events", "nmi", drop)).startswith("nmi ")
+
+
+# --- what a guest does not see, but whoever has it next ---
+
+
+def test_an_msr_that_only_can_be_read_is_compared() -> None:
+    def change(machine: Machine) -> None:
+        for section in machine.arena:
+            if section.name == "vcpu/msrs-fixed":
+                value = content(machine.arena, section)
+                if len(value) < 24:  # struct kvm_msrs with one entry, whose value is its last 8 bytes
+                    pytest.skip("every MSR of this KVM can be set")
+                value[-1] ^= 1
+
+    with rig(kernel="sentinel", append="checks=counter pattern=1M") as one:
+        one.wait_for(lambda results: True)
+        with pytest.raises(StateError, match=r"MSR 0x\w+ is 0x\w+ in the guest and 0x\w+ on this host"):
+            one.hand_over(saved=change)
+        one.go_on()
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["moved", "dropped"])
+def test_a_reset_that_is_asked_for_meanwhile(kept: bool) -> None:
+    def ask(machine: Machine) -> None:
+        assert not machine.reset()
+        if not kept:
+            cleared("machine")(machine)
+
+    with rig(kernel="sentinel", append="checks=counter pattern=1M") as one:
+        first = one.wait_for(lambda results: True).start_tsc
+        one.hand_over(saved=ask)
+        if kept:
+            one.wait_for(lambda results: results.start_tsc != first)
+        else:
+            one.go_on()
+        assert (one.results().start_tsc != first) == kept
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["moved", "dropped"])
+def test_what_a_guest_is_told_after_a_reset(kept: bool) -> None:
+    """The frequency of its TSC: a VMM does not ask KVM again."""
+    with rig(kernel="sentinel", append="checks=counter pattern=1M") as one:
+        first = one.wait_for(lambda results: True)
+        one.hand_over(offered=None if kept else cleared("hypervisor"))
+        assert (one.machine.hypervisor.facts.tsc_khz == first.tsc_khz) == kept
+
+
+def test_damaged_state_at_birth_is_refused() -> None:
+    def damage(machine: Machine) -> None:
+        fresh = Arena(machine.fds.get("fresh"), create=False)
+        for section in fresh:
+            if section.name == "vcpu/msrs":
+                content(fresh, section)[:] = bytes(section.size)
+
+    with rig(kernel="sentinel", append="checks=counter pattern=1M") as one:
+        one.wait_for(lambda results: True)
+        with pytest.raises(StateError, match=r"vcpu/msrs/0: it counts 0 MSRs"):
+            one.hand_over(offered=damage)
+        one.go_on()
+
+
+def test_a_lost_configuration_is_refused() -> None:
+    with rig(kernel="sentinel", append="checks=counter pattern=1M") as one:
+        assert kept_config(one.machine.arena).kernel == "sentinel"
+        cleared("config")(one.machine)
+        with pytest.raises(StateError, match="no machine configuration in it"):
+            kept_config(one.machine.arena)
 
 
 @pytest.mark.lab
@@ -324,6 +408,7 @@ def test_reads_of_memory_happen_once(counted: Path) -> None:
         Row("xsave", "ymm", at_birth("vcpu/xsave")),
         Row("xcrs", "ymm", at_birth("vcpu/xcrs"), crash=True),
         Row("tsc", "tsc", no_tsc_offset, when=("offered", "saved")),
+        Row("tsc-ahead", "kvmclock", tsc_ahead),
     ],
     ids=str,
 )

@@ -598,7 +598,7 @@ class VmmProcess:
         machine = self._the_machine()
         if machine.run_state is RunState.FINISH_MIGRATE:
             raise QmpError("the guest is being handed over; wait for it or use migrate_cancel")
-        machine.stop()
+        self._guarded(machine.stop)
 
     def cont(self) -> None:
         """QMP `cont`. Refused where the guest is another VMM's: the run token says so."""

@@ -29,6 +29,8 @@ from vmm.machine.cpuid_state import kept_cpuid
 from vmm.machine.irqfd import FIRST_MSI
 from vmm.machine.machine import Machine
 from vmm.machine.runstate import RunState
+from vmm.process import VmmProcess
+from vmm.qmp.backend import QmpError
 from vmm.report.results import CpuState
 
 pytestmark = pytest.mark.kvm
@@ -222,6 +224,16 @@ def test_the_guest_runs_on_where_a_vcpu_does_not_stop(call: Callable[[Machine], 
         one.go_on(turns=100)
         assert one.results().nmis <= 1  # the first vCPU has got none afterwards
         assert machine.reset_if_due() == (call is Machine.reset)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_the_monitor_says_that_a_vcpu_does_not_stop() -> None:
+    with rig(**SENTINEL, append="checks=counter pattern=1M") as one:
+        settled(one)
+        process = VmmProcess.__new__(VmmProcess)
+        process._machine = one.machine
+        with held(one.machine, 0), pytest.raises(QmpError, match=LATE):
+            process.stop()
 
 
 # --- interrupts ---

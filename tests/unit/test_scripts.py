@@ -232,6 +232,8 @@ def test_pytest_comes_last_and_gets_the_arguments(script: Script, folder: Path) 
     done = script("scripts/test", "-k", "two words")
     assert done.stdout.splitlines()[-1] == "pytest got: -k two words"
     assert done.returncode == 0
+    done = script("scripts/test")
+    assert done.stdout.splitlines()[-1] == "pytest got: -n auto --maxprocesses 4 --dist worksteal"
 
 
 def test_a_kvm_that_is_required_and_lacks_something(script: Script, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """SIGKILL at random moments: of the VMM that serves the guest, and in a handover of the old one, the new one
-and both. The guest must live through each, in its keeper, and find nothing wrong.
+and both, the VM staying in its keeper (adopt) or moving into another one (rebuild). The guest must live
+through each and find nothing wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from vmm.report.table import table
 from vmm.units import parse_size
 
 KILL_WITHIN_S = 0.05  # of a VMM that serves the guest: after at most so long
-HANDOVER_KILL_WITHIN_S = 0.02  # of a handover, from `migrate` on
+HANDOVER_KILL_WITHIN_S = {"adopt": 0.15, "rebuild": 0.3}  # of a handover, from `migrate` on
+NEW_WAITS_MS = 2000  # for an old VMM that has been killed
 ALIVE_S = 10.0  # for the guest to take further turns
 
 
@@ -41,6 +43,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kills", type=int, default=300, metavar="N", help="of a serving VMM, default 300")
     parser.add_argument(
         "--handover-kills", type=int, default=20, metavar="N", help="of each kind in a handover, default 20"
+    )
+    parser.add_argument(
+        "--rebuild-share",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="how many of the handovers move the guest into another keeper, 0 to 1, default 0.5",
+    )
+    parser.add_argument(
+        "--handovers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="by adopt, with nobody killed, before, default 0",
+    )
+    parser.add_argument(
+        "--memory-backend",
+        choices=("memfd", "guest-memfd"),
+        default="memfd",
+        help="what guest RAM is; a guest-memfd is never moved into another keeper (default memfd)",
     )
     parser.add_argument("--cpus", type=int, default=2, metavar="N", help="vCPUs of the guest, default 2")
     parser.add_argument("--memory", default="128M", metavar="SIZE", help="guest RAM, default 128M")
@@ -79,8 +101,8 @@ class CrashSeries(Series):
                 raise GuestCrash("the guest does not run in the VMM that took it")
             time.sleep(POLL_S)
 
-    def migrate(self) -> LaunchedVmm:
-        """Begin a handover to a new VMM, which is returned; nobody waits for it to end."""
+    def migrate(self, mode: str) -> LaunchedVmm:
+        """Begin a handover by `mode` to a new VMM, which is returned; nobody waits for it to end."""
         directory = self.directory
         main, cpr = directory.path / "main", directory.path / "cpr"
         for path in (main, cpr):
@@ -89,21 +111,26 @@ class CrashSeries(Series):
             [
                 f"--name={directory.name}",
                 "-v",
+                f"--handover={mode}",
                 f"--incoming=unix:{main}",
                 f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={cpr}",
             ],
             monitor=lambda pid: directory.path / f"qmp-{pid}.sock",
             log=directory.log,
         )
-        new.connect(time.monotonic() + START_S).close()
+        with new.connect(time.monotonic() + START_S) as client:
+            client.execute("migrate-set-parameters", {"x-vmm-setup-timeout": NEW_WAITS_MS})
         _wait_for(cpr)
         self.client.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
         self.client.execute("migrate", {"channels": [unix_channel("main", main), unix_channel("cpr", cpr)]})
         return new
 
     def find(self, candidates: Iterable[LaunchedVmm]) -> str:
-        """Whoever of `candidates` has the guest serves it from here on; the others are ended. Who it was."""
+        """Whoever of `candidates` has the guest serves it from here on; where none has, a fresh VMM does,
+        while one that has given it away is still there. The others are ended. Who it was.
+        """
         living = [vmm for vmm in candidates if vmm.process.poll() is None]
+        lingering = []
         deadline = time.monotonic() + START_S
         while living:
             for vmm in list(living):
@@ -115,7 +142,7 @@ class CrashSeries(Series):
                         living.remove(vmm)
                     continue
                 if status["running"]:
-                    for other in living:
+                    for other in (*living, *lingering):
                         if other is not vmm:
                             other.end()
                     self.client.close()
@@ -123,12 +150,14 @@ class CrashSeries(Series):
                     return "survivor"
                 client.close()
                 if status["status"] == "postmigrate":
-                    vmm.end()
+                    lingering.append(vmm)
                     living.remove(vmm)
             if time.monotonic() > deadline:
                 raise GuestCrash("two VMMs live and neither says that it runs the guest")
             time.sleep(POLL_S)
         self.attach()
+        for vmm in lingering:
+            vmm.end()
         return "attached"
 
     def check(self) -> int:
@@ -150,15 +179,15 @@ def _wait_for(path: Path) -> None:
         time.sleep(POLL_S)
 
 
-def _strike(series: CrashSeries, victim: Victim, random_: random.Random) -> str:
-    """One kill and what follows; who has the guest then."""
+def _strike(series: CrashSeries, victim: Victim, mode: str, random_: random.Random) -> str:
+    """One kill, in a handover by `mode`, and what follows; who has the guest then."""
     if victim is Victim.SERVING:
         time.sleep(random_.uniform(0, KILL_WITHIN_S))
         series.kill([series.vmm])
         series.attach()
         return "attached"
-    old, new = series.vmm, series.migrate()
-    time.sleep(random_.uniform(0, HANDOVER_KILL_WITHIN_S))
+    old, new = series.vmm, series.migrate(mode)
+    time.sleep(random_.uniform(0, HANDOVER_KILL_WITHIN_S[mode]))
     series.kill({Victim.OLD: [old], Victim.NEW: [new], Victim.BOTH: [old, new]}[victim])
     return series.find([old, new])
 
@@ -174,10 +203,25 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
     kills: Counter[Victim] = Counter()
     outcomes: Counter[tuple[Victim, str]] = Counter()
     memory = parse_size(arguments.memory, "--memory")
-    with CrashSeries("sentinel", mode="adopt", memory=memory, cpus=arguments.cpus) as series:
+    bound = arguments.memory_backend == "guest-memfd"
+    share = 0.0 if bound else arguments.rebuild_share
+    modes: Counter[str] = Counter()
+    with CrashSeries(
+        "sentinel",
+        mode="adopt",
+        memory=memory,
+        cpus=arguments.cpus,
+        options=[f"--memory-backend={arguments.memory_backend}"],
+    ) as series:
+        for _ in range(arguments.handovers):
+            series.replace()
+            if errors := series.check():
+                raise GuestCrash(f"the guest found {errors} errors after a handover")
         for number, victim in enumerate(plan, 1):
-            outcomes[victim, _strike(series, victim, random_)] += 1
+            mode = "rebuild" if random_.random() < share else "adopt"
+            outcomes[victim, _strike(series, victim, mode, random_)] += 1
             kills[victim] += 1
+            modes[mode] += victim is not Victim.SERVING
             if errors := series.check():
                 raise GuestCrash(f"the guest found {errors} errors after kill {number}, of {victim.value}")
             if number % 20 == 0:
@@ -196,6 +240,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
         "benchmark": "crash",
         "host": host.description(),
         "seed": seed,
+        "memory_backend": arguments.memory_backend,
+        "handovers": arguments.handovers,
+        "kills_by_mode": dict(modes),
         "kills": {victim.name.lower(): kills[victim] for victim in Victim},
         "outcomes": {
             victim.name.lower(): {how: outcomes[victim, how] for how in ("survivor", "attached")}

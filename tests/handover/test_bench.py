@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from tests.processes import ROOT, Spawn
+from vmm.errors import HostError
+from vmm.kvm import System
+from vmm.kvm.capabilities import require_guest_memfd
 
 pytestmark = [pytest.mark.kvm, pytest.mark.slow]
 
@@ -57,6 +60,26 @@ def test_exits(bench: Any) -> None:
     assert ratios["exit", "direct"] == 1
     assert ratios["exit", "keeper"] > 1
     assert max(ratios["coalesced", "direct"], ratios["ioeventfd", "direct"]) < 1
+
+
+@pytest.mark.parametrize("backend", ["memfd", "guest-memfd"])
+def test_crash(bench: Any, backend: str) -> None:
+    """A guest_memfd goes from VMM to VMM, and outlives them, like other memory."""
+    if backend == "guest-memfd":
+        try:
+            with System() as system:
+                require_guest_memfd(system)
+        except HostError as error:
+            pytest.skip(str(error))
+    record = bench(
+        *("crash", f"--memory-backend={backend}", "--memory=64M", "--handovers=3"),
+        *("--kills=2", "--handover-kills=2", "--seed=5"),
+    )
+    assert record["memory_backend"] == backend
+    assert record["alive"] == sum(record["kills"].values()) == 8
+    assert sum(record["kills_by_mode"].values()) == 6
+    assert (record["kills_by_mode"].get("rebuild", 0) == 0) == (backend == "guest-memfd")
+    assert record["guest"]["errors"] == 0
 
 
 def test_pause(bench: Any) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmm.cli.rundir import RunDir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     start_logging(arguments.verbose)
     directory = RunDir(arguments.name)
-    if directory.lives():
+    if directory.lives() and not _has_given_its_guest_away(directory):
         raise UsageError(
             f"the VM {directory.name!r} has its VMM; to replace it use 'vmm handover {directory.name}'"
         )
@@ -45,3 +49,17 @@ def run(arguments: argparse.Namespace) -> int:
         grants=directory.grants(),
     )
     return VmmProcess(options).run()
+
+
+def _has_given_its_guest_away(directory: RunDir) -> bool:
+    """Whether the VMM that is found by the VM's name has handed the guest over, to one that had not said yet
+    that it is to be found now.
+    """
+    from vmm.errors import VmmError
+    from vmm.qmp.client import QmpClient
+
+    try:
+        with QmpClient.connect(directory.qmp) as client:
+            return bool(client.execute("query-status")["status"] == "postmigrate")
+    except VmmError:
+        return False

@@ -16,8 +16,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -264,6 +264,7 @@ class Series:
         memory: int,
         cpus: int,
         append: str | None = None,
+        options: Sequence[str] = (),
         on_line: Callable[[str], None] = lambda _: None,
         on_handover: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -273,6 +274,7 @@ class Series:
         self.directory = RunDir(f"series-{os.getpid()}")
         self._memory = memory
         self._cpus = cpus
+        self._more_options = options
         self._append = self._options() if append is None else append
         self._on_line = on_line
         self._on_handover = on_handover
@@ -312,6 +314,7 @@ class Series:
                 f"--append={self._append}",
                 "--serial=unix",
                 "--testdev",
+                *self._more_options,
             ],
             monitor=lambda pid: directory.path / f"qmp-{pid}.sock",
             log=directory.log,
@@ -353,12 +356,17 @@ class Series:
             time.sleep(POLL_S)
 
     def _clean_up(self, *, keep_log: bool) -> None:
-        """End the VMM that has the guest, if one still has, and remove the files."""
+        """End the guest, in the VMM that has it or in a keeper that nobody serves; remove the files."""
+        from vmm.machine.ports import end_keeper
+
         directory = self.directory
         if directory.lives():
             with QmpClient.connect(directory.qmp) as client:
                 quit_and_wait(client)
         self.vmm.end()
+        for path in directory.keepers():
+            with suppress(PeerError):  # it is just ending
+                end_keeper(str(path))
         if not keep_log:
             directory.log.unlink(missing_ok=True)
         directory.tidy()

@@ -170,6 +170,13 @@ class CrashSeries(Series):
             time.sleep(POLL_S)
         return now.errors
 
+    def violation(self) -> str:
+        """What the guest has found first: the check, and what it saw."""
+        results = self.results()
+        names = {check.id: check.name for check in results.checks}
+        found = results.violation
+        return "" if found is None else f"{names[found.check]}: {found}"
+
 
 def _wait_for(path: Path) -> None:
     deadline = time.monotonic() + START_S
@@ -223,7 +230,10 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
             kills[victim] += 1
             modes[mode] += victim is not Victim.SERVING
             if errors := series.check():
-                raise GuestCrash(f"the guest found {errors} errors after kill {number}, of {victim.value}")
+                raise GuestCrash(
+                    f"the guest found {errors} errors after kill {number}, of {victim.value} ({mode}): "
+                    f"{series.violation()}"
+                )
             if number % 20 == 0:
                 host.say(f"{number} of {len(plan)} kills")
         record = series.finish()

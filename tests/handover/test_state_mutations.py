@@ -92,12 +92,6 @@ def no_timer(section: Any) -> None:
     write_register(section.registers, LVT_TIMER, 1 << 16)
 
 
-def slower_period(section: Any) -> None:
-    """A periodic timer takes three times as long: its interrupts are in time, but too few."""
-    if lapic.timer_mode(section.registers) is lapic.TimerMode.PERIODIC:
-        write_register(section.registers, INITIAL_COUNT, 60_000_000)
-
-
 def other_apic_base(sregs: Any) -> None:
     sregs.apic_base ^= 1 << 8  # the flag of the first processor
 
@@ -172,7 +166,6 @@ ROWS = (
     Row("msrs", "mtrr", at_birth("vcpu/msrs")),
     Row("lapic", "lapic", at_birth("vcpu/lapic")),
     Row("lapic-timer", "timer", changed("lapic", no_timer), options=STALL),
-    Row("lapic-period", "timer", changed("lapic", slower_period), handovers=300),
     Row("mp_state", "cpus", at_birth("vcpu/mp_state"), cpus=2, options=STALL),
     Row("testdev", "pio", cleared("testdev")),
     Row("testdev", "mmio", cleared("testdev")),
@@ -316,6 +309,34 @@ def test_a_changed_register_is_noticed() -> None:
         one.hand_over(saved=changed("regs", set_to(r15=regs.r15 ^ 1 << 40)))
         one.machine.cont()
         assert finding(one, NOTICED_S).startswith("registers ")
+
+
+def test_a_periodic_timer_that_comes_too_rarely_is_noticed() -> None:
+    """Every four seconds: none is early and none is due for long, but they are too few."""
+    registers = abi.kvm_lapic_state()
+
+    def is_periodic(machine: Machine) -> bool:
+        machine.hypervisor.vcpus[0].get_lapic(registers)
+        return lapic.timer_mode(registers) is lapic.TimerMode.PERIODIC
+
+    def slow_down(machine: Machine) -> None:
+        [state] = machine.hypervisor.vcpu_states
+        write_register(state.sections["lapic"].registers, INITIAL_COUNT, 4_000_000_000)
+
+    with rig(kernel="sentinel", append="checks=timer pattern=1M") as one:
+        one.wait_for(lambda results: True)
+        deadline = time.monotonic() + 30.0
+        one.machine.stop()
+        while not is_periodic(one.machine):
+            assert time.monotonic() < deadline
+            one.machine.cont()
+            time.sleep(0.1)
+            one.machine.stop()
+        one.hand_over(saved=slow_down)
+        one.machine.cont()
+        found = finding(one, NOTICED_S)
+        assert found.startswith("timer ")
+        assert found.endswith("where 0x3")
 
 
 def test_a_lost_nmi_is_noticed() -> None:

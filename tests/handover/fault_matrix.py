@@ -43,11 +43,11 @@ MODES = ("rebuild", "adopt")
 OLD, NEW, NOBODY = frozenset({"old"}), frozenset({"new"}), frozenset({"nobody"})
 EITHER = OLD | NEW
 
-SHORT_MS = {"setup": 1500, "prepare": 500, "commit": 500}  # where it is a deadline that ends a wait
+SHORT_MS = {"setup": 4000, "prepare": 1000, "commit": 1000}  # where it is a deadline that ends a wait
 LONG_MS = {"setup": 10_000, "prepare": 3_000, "commit": 1_500}
 DELAY_MS = 40  # well within the deadlines
-STOPPED_S = 3.0  # at most: longer than all the deadlines that can follow on each other
-SETTLE_S = 15.0  # a cell that takes longer hangs
+STOPPED_S = 7.0  # at most: longer than all the deadlines that can follow on each other
+SETTLE_S = 25.0  # a cell that takes longer hangs
 MOVING_S = 5.0  # within which a guest that runs is seen to move
 STANDING_S = 0.15  # within which a guest that stands still does not
 POLL_S = 0.01

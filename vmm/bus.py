@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import Protocol
 
 from vmm.errors import ConfigError
@@ -42,12 +43,20 @@ class Bus:
         self._starts: list[int] = []
         self._ranges: list[tuple[int, int, BusDevice, str]] = []  # start, end (exclusive), device, label
         self._states: dict[int, ctypes.Structure] = {}  # start of the range -> its device's state
+        self.posted: list[tuple[int, int]] = []  # address and size of what takes posted writes
 
     def attach(
-        self, start: int, size: int, device: BusDevice, label: str, state: ctypes.Structure | None = None
+        self,
+        start: int,
+        size: int,
+        device: BusDevice,
+        label: str,
+        state: ctypes.Structure | None = None,
+        posted: Iterable[tuple[int, int]] = (),
     ) -> None:
-        """Give `[start, start + size)` to `device`. Raises ConfigError on overlap or a range beyond the
-        bus.
+        """Give `[start, start + size)` to `device`, which has `state`. Writes to `posted`, offsets and sizes
+        in bytes, may reach it late, but before anything else that the guest does to it. Raises ConfigError
+        on overlap or a range beyond the bus.
         """
         end = start + size
         if not 0 <= start < end <= self.size:
@@ -62,6 +71,7 @@ class Bus:
         self._ranges.insert(at, (start, end, device, label))
         if state is not None:
             self._states[start] = state
+        self.posted += [(start + offset, length) for offset, length in posted]
 
     def state_at(self, address: int, size: int) -> ctypes.Structure | None:
         """The state of the device that answers the access, or a part of it, where one has any. (No two that

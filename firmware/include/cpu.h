@@ -17,6 +17,11 @@ static inline void out8(u16 port, u8 value)
 	__asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port) : "memory");
 }
 
+static inline void out16(u16 port, u16 value)
+{
+	__asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
 static inline u8 in8(u16 port)
 {
 	u8 value;

@@ -46,6 +46,7 @@
 
 /* The test device (firmware/README.md). */
 #define TESTDEV_STREAM 0x5f0
+#define TESTDEV_POST 0x5f2
 #define TESTDEV_COUNT 0x5f4
 
 #endif

@@ -13,6 +13,9 @@
 #define TESTDEV_STREAM_READS 0x18
 #define TESTDEV_ID 0x1c
 #define TESTDEV_READS 0x20
+#define TESTDEV_POST_REGISTER 0x24
+#define TESTDEV_POSTED 0x28
+#define TESTDEV_POSTED_SUM 0x2c
 #define TESTDEV_MAGIC 0x54534554u /* "TEST" */
 
 static inline u32 testdev_read(u32 reg)
@@ -25,10 +28,10 @@ static inline bool testdev_present(void)
 	return testdev_read(TESTDEV_ID) == TESTDEV_MAGIC;
 }
 
-/* The stream's sum after one more byte. */
-static inline u32 testdev_sum(u32 sum, u8 byte)
+/* The sum of the stream, or of what was posted, after one more value. */
+static inline u32 testdev_sum(u32 sum, u32 value)
 {
-	return (sum << 1 | sum >> 31) + byte;
+	return (sum << 1 | sum >> 31) + value;
 }
 
 #endif

@@ -35,6 +35,7 @@ static const struct check *const checks[] = {
 	&check_pio,
 	&check_mmio,
 	&check_ports,
+	&check_posted,
 	&check_x87,
 	&check_xmm,
 	&check_ymm,

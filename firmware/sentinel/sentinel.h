@@ -37,6 +37,7 @@ enum check_id {
 	CHECK_MTRR = 25,
 	CHECK_NMI = 26,
 	CHECK_PORTS = 27,
+	CHECK_POSTED = 28,
 };
 
 /*
@@ -80,7 +81,7 @@ struct check {
 extern const struct check check_tsc, check_counter, check_pattern, check_cpus, check_tscsync, check_ipi, check_pit, check_timer,
 	check_hlt, check_msr, check_debug, check_kvmclock, check_paging, check_pio, check_mmio, check_x87, check_xmm, check_ymm,
 	check_registers, check_control, check_cpuid, check_lapic, check_pic, check_ioapic, check_mtrr,
-	check_nmi, check_ports;
+	check_nmi, check_ports, check_posted;
 
 extern struct vcpu vcpus[MAX_CPUS];
 extern u32 cpu_count; /* vCPUs that run */

@@ -37,6 +37,7 @@ KINDS: dict[str, Any] = {
     "hypervisor": HypervisorFacts,
     "journal": JournalState,
     "journal-console": JournalState,
+    "journal-posted": JournalState,
     "machine": MachineState,
     "reset": ResetState,
     "serial": SerialState,

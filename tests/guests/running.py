@@ -38,11 +38,12 @@ M32 = 2**32 - 1
 class DeviceModel:
     """The test device, as firmware/README.md specifies it."""
 
-    STREAM, COUNT, PAGE = 0x5F0, 0x5F4, 0xFED10000
+    STREAM, POST, COUNT, PAGE = 0x5F0, 0x5F2, 0x5F4, 0xFED10000
 
     def __init__(self) -> None:
         self.latch = self.latch_writes = 0
         self.count = self.sum = self.reads = self.register_reads = 0
+        self.posted = self.posted_sum = 0
 
     def port_in(self, port: int) -> int:
         if port == self.COUNT:
@@ -53,6 +54,8 @@ class DeviceModel:
     def port_out(self, port: int, value: int) -> None:
         if port == self.COUNT:
             self.count = self.sum = self.reads = 0
+        elif port == self.POST:
+            self.post(value)
         else:
             self.count += 1
             self.sum = ((self.sum << 1 | self.sum >> 31) + value) & M32
@@ -68,11 +71,19 @@ class DeviceModel:
             0x14: self.sum,
             0x18: self.reads,
             0x1C: 0x54534554,
+            0x28: self.posted,
+            0x2C: self.posted_sum,
         }.get(offset, 0)
 
     def store(self, offset: int, value: int) -> None:
         if offset == 0:
             self.latch, self.latch_writes = value, self.latch_writes + 1
+        elif offset == 0x24:
+            self.post(value)
+
+    def post(self, value: int) -> None:
+        self.posted += 1
+        self.posted_sum = ((self.posted_sum << 1 | self.posted_sum >> 31) + value) & M32
 
 
 def symbol(image: Path, source: str, name: str) -> int:
@@ -218,7 +229,7 @@ class RunningGuest:
         elif port == DEBUG_EXIT:
             self._goal = "stop"
             self._ended.put(value << 1 | 1)
-        elif self.device is not None and port in (self.device.STREAM, self.device.COUNT):
+        elif self.device is not None and port in (self.device.STREAM, self.device.POST, self.device.COUNT):
             self.device.port_out(port, value)
 
     def _serve_mmio(self, mmio: abi.MmioExit) -> None:

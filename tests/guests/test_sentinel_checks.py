@@ -151,6 +151,16 @@ def double_a_store(guest: RunningGuest) -> None:
     guest.device.latch_writes += 1
 
 
+def double_a_posted_write(guest: RunningGuest) -> None:
+    assert guest.device is not None
+    guest.device.posted += 1
+
+
+def change_a_posted_write(guest: RunningGuest) -> None:
+    assert guest.device is not None
+    guest.device.posted_sum ^= 1
+
+
 def double_a_read(guest: RunningGuest) -> None:
     assert guest.device is not None
     guest.device.register_reads += 1
@@ -279,6 +289,8 @@ DAMAGES = {
     "a byte read and lost": Damage(14, "pio", lose_a_read, where=0),
     "a store done twice": Damage(15, "mmio", double_a_store, where=8),
     "a read done twice": Damage(15, "mmio", double_a_read, where=4),
+    "a posted write done twice": Damage(28, "posted", double_a_posted_write, where=0),
+    "a posted write changed": Damage(28, "posted", change_a_posted_write, where=1),
     "an NMI lost": Damage(26, "nmi", lose_an_nmi, cpus=2),
     "scratch register": Damage(27, "ports", lambda guest: change_port(guest, 0x3FF), where=0x3FF),
     "modem control": Damage(27, "ports", lambda guest: change_port(guest, 0x3FC), where=0x3FC),

@@ -413,7 +413,7 @@ def test_kills_in_the_middle_of_the_guests_output(guest: KeptGuest) -> None:
 
 def test_kills_while_devices_count(guest: KeptGuest) -> None:
     """Sentinel's checks of string I/O and MMIO see an access that is lost or made twice."""
-    checks = "checks=counter,tsc,pio,mmio,pattern,timer pattern=64K"
+    checks = "checks=counter,tsc,pio,mmio,posted,pattern,timer pattern=64K"
     guest.run("--cpus=2", "--testdev", "--serial=null", append=checks, guest="sentinel")
     chance = random.Random(8)
     for _ in range(STORM):

@@ -169,6 +169,7 @@ ROWS = (
     Row("mp_state", "cpus", at_birth("vcpu/mp_state"), cpus=2, options=STALL),
     Row("testdev", "pio", cleared("testdev")),
     Row("testdev", "mmio", cleared("testdev")),
+    Row("testdev", "posted", cleared("testdev")),
     Row("serial", "ports", cleared("serial")),
     Row("reset", "ports", cleared("reset"), handovers=30),
 )

@@ -59,6 +59,11 @@ class Journal:
         """The row that was begun last."""
         return self._state.number
 
+    @property
+    def taken(self) -> int:
+        """How many of its steps are taken."""
+        return self._state.steps
+
     def steps(self, number: int, count: int, device_state: ctypes.Structure) -> Iterator[int]:
         """The steps of row `number` that are still to be taken, out of `count`: take each before the next."""
         state = self._state

@@ -33,11 +33,12 @@ from vmm.devices.testdev import TestDevice, TestState
 from vmm.errors import ConfigError, GuestCrash, HandoverError, HostError, StateError, VmmError
 from vmm.fds import FdStore, check_received
 from vmm.irq import IrqLine, UnconnectedIrq
-from vmm.kvm import Port, Vcpu, Vm, abi
+from vmm.kvm import Cap, Port, Vcpu, Vm, abi
 from vmm.machine.config import MachineConfig, keep_config
 from vmm.machine.hypervisor import Hypervisor, Origin
 from vmm.machine.irqfd import GsiRoutes, IrqFds
 from vmm.machine.journal import Journal, JournaledReactor
+from vmm.machine.posted import PostedWrites
 from vmm.machine.runstate import RunState, check_transition
 from vmm.machine.vcpu_thread import VcpuThread
 from vmm.memory import GuestMemory, layout
@@ -259,8 +260,11 @@ class Machine:
         self.irqfds = IrqFds(self.hypervisor.vm, self.fds)
         if self.hypervisor.origin is Origin.ADOPTED:
             self.irqfds.taken_over()
+        self.posted = self._posted_writes()
         self.threads = [self._thread(vcpu, may_run) for vcpu in self.hypervisor.vcpus]
         self._build_devices(reactor)
+        if self.hypervisor.origin is not Origin.ADOPTED and self.posted is not None:
+            self._let_post()
         if unknown := self.arena.unplaced():
             names = ", ".join(f"{section.name}/{section.instance}" for section in unknown)
             raise StateError(
@@ -274,10 +278,24 @@ class Machine:
 
     # --- building ---
 
+    def _posted_writes(self) -> PostedWrites | None:
+        journal = Journal(self.arena, "journal-posted", 0)
+        ring = self.hypervisor.vcpus[0].coalesced
+        used = journal if self.hypervisor.port.outlives else None
+        return None if ring is None else PostedWrites(ring, self.pio, self.mmio, used)
+
+    def _let_post(self) -> None:
+        """Have KVM put aside those writes that a device takes late. For a KVM that cannot each is an exit."""
+        vm = self.hypervisor.vm
+        for bus, needed in ((self.mmio, Cap.COALESCED_MMIO), (self.pio, Cap.COALESCED_PIO)):
+            if vm.check(needed):
+                for address, size in bus.posted:
+                    vm.register_coalesced(address, size, pio=bus is self.pio)
+
     def _thread(self, vcpu: Vcpu, may_run: Callable[[], bool]) -> VcpuThread:
         journal = Journal(self.arena, "journal", vcpu.index)  # in any case: the guest may move into a keeper
         used = journal if self.hypervisor.port.outlives else None
-        return VcpuThread(vcpu, self.pio, self.mmio, self, may_run, used, self._turn)
+        return VcpuThread(vcpu, self.pio, self.mmio, self, may_run, used, self._turn, self.posted)
 
     def _irq(self, gsi: int) -> IrqLine:
         return (
@@ -306,8 +324,9 @@ class Machine:
         self.pio.attach(POWER_OFF_PORT, 2, PowerOff(self._power_off), "power-off")
         if self.config.testdev:
             device, counts = TestDevice(self.arena), self.arena.place("testdev", 0, TestState)
-            self.pio.attach(TESTDEV_PORT, TESTDEV_PORTS, device.ports, "testdev", counts)
-            self.mmio.attach(TESTDEV_PAGE, TESTDEV_PAGE_SIZE, device.registers, "testdev", counts)
+            ports, registers = device.ports, device.registers
+            self.pio.attach(TESTDEV_PORT, TESTDEV_PORTS, ports, "testdev", counts, ports.posted)
+            self.mmio.attach(TESTDEV_PAGE, TESTDEV_PAGE_SIZE, registers, "testdev", counts, registers.posted)
 
     def _boot(self, image: Image, *, again: bool = False) -> None:
         """Put the image and the boot protocol's tables into RAM and the first vCPU at its entry."""
@@ -654,6 +673,8 @@ class Machine:
             else:
                 for thread in self.threads:
                     thread.begin_anew()
+                if self.posted is not None:
+                    self.posted.begin_anew()
                 self._settle_in()
             self.arena.settle()
             if after_crash and self.state.ended:
@@ -674,6 +695,8 @@ class Machine:
             thread.recover()
         if self._console_steps is not None:
             self._console_steps.recover()
+        if self.posted is not None:
+            self.posted.recover()
         self.arena.convert()  # again: what was undone is where the last VMM had it
         if after_crash:
             state = self.arena.place("serial", 0, SerialState)

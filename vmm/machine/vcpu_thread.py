@@ -25,6 +25,7 @@ from vmm.bus import Bus
 from vmm.errors import GuestCrash, VmmError
 from vmm.kvm import Exit, InternalError, SystemEvent, Vcpu, abi
 from vmm.machine.journal import Journal
+from vmm.machine.posted import PostedWrites
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,11 @@ class VcpuThread:
         may_run: Callable[[], bool],
         journal: Journal | None,
         turn: AbstractContextManager[object],
+        posted: PostedWrites | None = None,
     ) -> None:
-        """`turn` is held while an exit is served; with a `journal` it must let one vCPU at a time."""
+        """`turn` is held while an exit is served; with a `journal` it must let one vCPU at a time. What has
+        been `posted` by then reaches the devices first.
+        """
         self.vcpu = vcpu
         self.index = vcpu.index
         self.native_id = 0
@@ -70,6 +74,7 @@ class VcpuThread:
         self._may_run = may_run
         self._journal = journal
         self._turn = turn
+        self._posted = posted
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._order = threading.Lock()
         self._wanted = False  # what `_stop` is the opposite of, but for a moment of `run_on`
@@ -188,6 +193,7 @@ class VcpuThread:
         while not self._stop:
             if vcpu.run():
                 with turn:
+                    self._drain()
                     handlers.get(page.exit_reason, self._on_unknown)()
         if self._leaving:
             return
@@ -195,9 +201,16 @@ class VcpuThread:
         try:
             while vcpu.run():  # completes the exit in progress; what that leads to is served too
                 with turn:
+                    self._drain()
                     handlers.get(page.exit_reason, self._on_unknown)()
         finally:
             vcpu.immediate_exit = False
+        with turn:
+            self._drain()
+
+    def _drain(self) -> None:
+        if self._posted is not None and self._posted.waiting:
+            self._posted.drain()
 
     def _steps(self, bus: Bus, address: int, size: int, count: int) -> Iterable[int]:
         """Which of the `count` accesses of the exit at hand are still to be made; each is journaled that

@@ -96,7 +96,7 @@ def slow_down_periodic_timer(guest: RunningGuest) -> None:
         return bool(int.from_bytes(bytes(state.regs[LVT_TIMER : LVT_TIMER + 4]), "little") & LVT_PERIODIC)
 
     guest.stop_when(periodic)
-    change_lapic(guest, INITIAL_COUNT, lambda count: count * 3)
+    change_lapic(guest, INITIAL_COUNT, lambda count: count * 8)
 
 
 def wake_without_interrupt(guest: RunningGuest) -> None:
@@ -314,7 +314,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", [pytest.param(damage, id=name) for name, damage in DAMAGES.items()])
 def test_damage_is_noticed(run: Run, damage: Damage) -> None:
-    guest = run("sentinel", f"checks={damage.checks} stall_ms=300", cpus=damage.cpus)
+    guest = run("sentinel", f"checks={damage.checks} stall_ms=300 gap_us=5000", cpus=damage.cpus)
     guest.wait_for(
         lambda results: (
             all(

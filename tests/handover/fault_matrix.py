@@ -553,8 +553,10 @@ class Matrix:
     def _hand_over(self, old: Vmm, new: Vmm) -> None:
         """A handover in which nothing goes wrong. Raises Lost where it does."""
         old.migrate_to(new)
-        if not _within(SETTLE_S, lambda: old.answers("query-migrate").get("status") in FINAL):
+        if not _within(SETTLE_S, lambda: old.dead or old.answers("query-migrate").get("status") in FINAL):
             raise Lost(f"{old.process} does not end its handover{old.process.output()}")
+        if old.dead:
+            raise Lost(f"{old.process} ended with {old.process.popen.returncode}{old.process.output()}")
         answer = old.answers("query-migrate")
         if answer["status"] != "completed" or "error-desc" in answer:
             raise Lost(f"{old.process}: {answer}{new.process.output()}")

@@ -197,6 +197,7 @@ class VmmProcess:
         self._ends_vm = False  # the VM is to end with this process
         self._rebuilt_elsewhere = False  # the guest may have left our VM for another VMM's
         self._retired: socket.socket | None = None  # the keeper of the VM that the guest has left
+        self._lifeline: int | None = None  # readable once the VM we own has ended
         self._spare: Port | None = None  # a keeper that is started and not needed yet
         self._held = options.paused
         self._mode = "normal"
@@ -401,6 +402,7 @@ class VmmProcess:
         assert self._machine is not None
         port = self._machine.hypervisor.port
         if port.lifeline is not None:
+            self._lifeline = port.lifeline
             self._loop.add_reader(port.lifeline, self._vm_ended, port)
 
     def _claim(self) -> None:
@@ -410,11 +412,15 @@ class VmmProcess:
 
     def _vm_ended(self, port: Port) -> None:
         """What the VM lived in has ended, and we have not asked it to: the VMM that serves it may have."""
-        assert port.lifeline is not None
-        self._loop.remove_reader(port.lifeline)
+        self._let_go_of_lifeline()
         port.lost()
         if self._owner and self._token is not None and self._token.held:
             self._crashed(HostError("the keeper of the VM has ended, and the guest with it"))
+
+    def _let_go_of_lifeline(self) -> None:
+        if self._lifeline is not None:
+            self._loop.remove_reader(self._lifeline)
+            self._lifeline = None
 
     def _on_signal(self, number: int) -> None:
         log.info("%s: ending the guest", signal.Signals(number).name)
@@ -433,6 +439,7 @@ class VmmProcess:
             self._carrier.join(self._timeouts.setup_s)
         if self._owner:
             self._claim()  # what is left of who had the guest before goes too
+        self._let_go_of_lifeline()
         self._end_spare()
         if self._machine is not None:
             stale = self._rebuilt_elsewhere and not self._machine.is_home

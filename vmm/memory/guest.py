@@ -148,9 +148,14 @@ class GuestMemory:
         return ", ".join(f"{region.gpa:#x}..{region.gpa + region.size:#x}" for region in self.regions)
 
     def read(self, gpa: int, length: int) -> bytes:
-        """`length` bytes at `gpa`; VmmError where any of them is not RAM."""
+        """`length` bytes at `gpa`; VmmError where any of them is not RAM.
+
+        They are copied page by page, the lowest first: a guest that writes meanwhile can count on that, and
+        memcpy(3) keeps to no order.
+        """
         mapping, offset = self._locate(gpa, length)
-        return mapping[offset : offset + length]
+        end = offset + length
+        return b"".join(mapping[at : min(at + PAGE_SIZE, end)] for at in range(offset, end, PAGE_SIZE))
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store `data` at `gpa`; VmmError where any of it is not RAM, and then nothing is stored."""

@@ -520,9 +520,9 @@ def test_a_supervisor_s_next_vmm_has_the_same_options(guest: KeptGuest) -> None:
         *("--restart=always", f"--qmp=unix:{extra}", "--sandbox=off", "-v"),
     )
     monitor = guest.folder / "qmp.sock"
-    first = wait_for("a VMM", lambda: vmm_at(monitor, set()))
+    first = wait_for("a VMM", lambda: vmm_at(monitor, set()), 40.0)
     os.kill(first, signal.SIGKILL)
-    second = wait_for("a VMM", lambda: vmm_at(monitor, {first}))
+    second = wait_for("a VMM", lambda: vmm_at(monitor, {first}), 40.0)
     with QmpClient.connect(extra) as client:
         assert client.pid == second
     told = Path(f"/proc/{second}/cmdline").read_bytes().split(b"\0")

@@ -521,6 +521,7 @@ def test_a_supervisor_s_next_vmm_has_the_same_options(guest: KeptGuest) -> None:
     )
     monitor = guest.folder / "qmp.sock"
     first = wait_for("a VMM", lambda: vmm_at(monitor, set()), 40.0)
+    wait_for("the guest's first words", guest.said)
     os.kill(first, signal.SIGKILL)
     second = wait_for("a VMM", lambda: vmm_at(monitor, {first}), 40.0)
     with QmpClient.connect(extra) as client:

@@ -324,7 +324,7 @@ def test_a_periodic_timer_that_comes_too_rarely_is_noticed() -> None:
         [state] = machine.hypervisor.vcpu_states
         write_register(state.sections["lapic"].registers, INITIAL_COUNT, 4_000_000_000)
 
-    with rig(kernel="sentinel", append="checks=timer pattern=1M") as one:
+    with rig(kernel="sentinel", append="checks=timer pattern=1M gap_us=5000") as one:
         one.wait_for(lambda results: True)
         deadline = time.monotonic() + 30.0
         one.machine.stop()

@@ -204,7 +204,8 @@ class Wire:
         if data:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             sent = sink.sendmsg([data], rights)
-            sink.sendall(data[sent:])
+            if sent < len(data):  # a send of nothing meets a peer that has answered and hung up
+                sink.sendall(data[sent:])
         return going_on
 
 
@@ -291,16 +292,8 @@ def test_whatever_the_wire_does_the_guest_is_in_one_place(tamperings: list[Tampe
     check(tamperings)
 
 
-def completes(tamperings: list[Tampering]) -> bool:
-    """Whether the guest gets through. The wire itself hangs up once in some fifty times, before Ready is
-    through: then nobody has lost anything, and it is tried again.
-    """
-    wanted = (outgoing.Phase.COMPLETED, incoming.Phase.COMPLETED)
-    return any(check(tamperings, PATIENT) == wanted for _ in range(3))
-
-
 def test_a_wire_that_does_nothing() -> None:
-    assert completes([])
+    assert check([], PATIENT) == (outgoing.Phase.COMPLETED, incoming.Phase.COMPLETED)
 
 
 def test_a_commit_that_is_lost() -> None:
@@ -311,4 +304,5 @@ def test_a_commit_that_is_lost() -> None:
 
 def test_a_confirmation_that_is_lost() -> None:
     """The old VMM finds the token taken."""
-    assert completes([Tampering("main", "to old", "cut", 36)])  # just behind Prepared
+    here, there = check([Tampering("main", "to old", "cut", 36)], PATIENT)  # just behind Prepared
+    assert (here, there) == (outgoing.Phase.COMPLETED, incoming.Phase.COMPLETED)

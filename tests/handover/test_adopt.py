@@ -451,10 +451,3 @@ def test_a_rebuild_that_fails_leaves_the_guest_in_its_keeper(stage: Stage, spawn
     assert new.process.wait() == HandoverError.exit_code
     assert (old.state, vm_of(old)) == ("running", vm)
     stage.hear(20)
-
-
-@pytest.fixture(autouse=True)
-def unreachable_keepers_end() -> Iterator[None]:
-    """A keeper whose VMM was killed before anybody could find it ends by itself after two seconds."""
-    yield
-    time.sleep(2.5)

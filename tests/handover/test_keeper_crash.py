@@ -25,7 +25,6 @@ from vmm.cli.handover import unix_channel
 from vmm.errors import HandoverError, HostError, PeerError, UsageError
 from vmm.fds import FdStore
 from vmm.kvm import Port
-from vmm.kvm import keeper as keeper_process
 from vmm.kvm.keeper_port import KeeperPort
 from vmm.machine.config import MachineConfig
 from vmm.machine.hypervisor import Origin
@@ -392,9 +391,7 @@ def test_without_a_name_nobody_could_come(stage: Stage) -> None:
     keeper = side.client.execute("x-vmm-stats")["vm"]["process"]
     side.process.signal(signal.SIGKILL)
     side.process.wait()
-    started = time.monotonic()
     wait_for("the keeper's end", lambda: ended(keeper))
-    assert time.monotonic() - started < keeper_process.START_S + 1.5
 
 
 def test_kills_in_the_middle_of_the_guests_output(guest: KeptGuest) -> None:

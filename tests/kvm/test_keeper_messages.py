@@ -330,14 +330,12 @@ def test_it_is_small() -> None:
 # --- how it ends ---
 
 
-def test_without_a_vmm_it_ends_soon_unless_told_otherwise(path: Path) -> None:
+def test_without_a_vmm_it_ends_unless_told_otherwise() -> None:
     port = KeeperPort.start()
     pidfd = os.dup(port.lifeline)
     try:
-        started = time.monotonic()
         port.close()
-        assert await_end(pidfd, keeper.START_S + 2)
-        assert time.monotonic() - started >= keeper.START_S - 0.1
+        assert await_end(pidfd)
     finally:
         os.close(pidfd)
 
@@ -391,7 +389,7 @@ def test_it_can_wait_for_ever(path: Path) -> None:
     pidfd = os.dup(port.lifeline)
     try:
         port.close()
-        assert not await_end(pidfd, keeper.START_S + 0.5)
+        assert not await_end(pidfd, 0.5)
         again = KeeperPort.connect(str(path))
         assert (again.pid, again.identity) == (port.pid, port.identity)
         again.attach()

@@ -33,7 +33,7 @@ from vmm.sockets import check_peer
 ANSWER_TIMEOUT_S = 10.0
 ATTACH_TIMEOUT_S = 1.0  # for the kernel to close the connection of a VMM that has just been killed
 ENDING_TIMEOUT_S = 10.0  # from the keeper's last word to its end
-UNREACHABLE_S = 2.0  # how long a keeper waits for a VMM where none could ever find it
+UNREACHABLE_S = 0.001  # how long a keeper waits for a VMM where none could ever find it
 NAP_S = 0.01
 SPIN_NS = 20_000
 NO_FD = -1

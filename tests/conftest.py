@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.host import no_kvm
+from tests.patience import PATIENCE, at_most
 from tests.processes import Spawn, become_subreaper, children, end_adopted
 
 KVM_DEVICE = Path("/dev/kvm")
@@ -23,8 +24,13 @@ def pytest_configure() -> None:
     become_subreaper()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The marker `kvm` and the fixture `kvm_device` each bring the other."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The marker `kvm` and the fixture `kvm_device` each bring the other. Patience is for whole tests too."""
+    if PATIENCE != 1:
+        for item in items:
+            own = item.get_closest_marker("timeout")
+            if usual := own.args[0] if own else config.getini("timeout"):
+                item.add_marker(pytest.mark.timeout(at_most(float(usual))), append=False)
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
@@ -79,7 +85,7 @@ def nothing_left_behind() -> Iterator[None]:
     fds, threads, processes = _open_fds(), set(threading.enumerate()), children()
     yield
     for thread in set(threading.enumerate()) - threads:
-        thread.join(1.0)  # one that is just ending is no leak
+        thread.join(at_most(1.0))  # one that is just ending is no leak
     left = [f"thread {thread.name}" for thread in set(threading.enumerate()) - threads]
     left += [f"process {process}" for process in end_adopted(children() - processes)]
     if _open_fds() != fds:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from tests.patience import at_most
+
 ROOT = Path(__file__).resolve().parent.parent
 RUN_VMM = "import sys; from vmm.cli import main; sys.exit(main())"  # as the console script does
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -52,7 +54,7 @@ def end_adopted(pids: Iterable[int]) -> list[str]:
     """End and reap `pids`, which no Popen owns; describes those that had not ended by themselves."""
     left = []
     for pid in pids:
-        deadline = time.monotonic() + 1.0  # one that is just ending is no leak
+        deadline = time.monotonic() + at_most(1.0)  # one that is just ending is no leak
         while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
             if time.monotonic() > deadline:
                 left.append(f"{pid} ({_command_of(pid)})")
@@ -124,21 +126,21 @@ class Spawned:
     def wait(self, timeout_s: float = 20.0) -> int:
         """Its exit status, negative for a signal. Raises AssertionError when it has not ended in time."""
         try:
-            return self.popen.wait(timeout_s)
+            return self.popen.wait(at_most(timeout_s))
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self} has not ended in {timeout_s} s{self.output()}") from None
+            raise AssertionError(f"{self} has not ended in {at_most(timeout_s):g} s{self.output()}") from None
 
     def expect(self, text: str, timeout_s: float = 20.0, *, stream: str = "stdout") -> str:
         """Wait until `text` stands on its stdout (or stderr); all that stands there, or AssertionError."""
         path = {"stdout": self.stdout_path, "stderr": self.stderr_path}[stream]
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + at_most(timeout_s)
         while True:
             ended = self.popen.poll() is not None  # asked before reading, so that its last words count
             written = path.read_text(errors="replace")
             if text in written:
                 return written
             if ended or time.monotonic() > deadline:
-                why = f"ended with {self.popen.returncode}" if ended else f"ran {timeout_s} s"
+                why = f"ended with {self.popen.returncode}" if ended else f"ran {at_most(timeout_s):g} s"
                 raise AssertionError(f"{self} {why} without {text!r} on {stream}{self.output()}")
             time.sleep(POLL_S)
 
@@ -147,7 +149,7 @@ class Spawned:
         if self.popen.poll() is None:
             self.popen.terminate()
             try:
-                self.popen.wait(ENDING_S)
+                self.popen.wait(at_most(ENDING_S))
             except subprocess.TimeoutExpired:
                 self.popen.kill()
                 self.popen.wait()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from tests.patience import at_most
 from vmm.errors import GuestCrash, VmmError
 from vmm.fds import FdStore
 from vmm.kvm import DirectPort
@@ -136,7 +137,7 @@ class Rig:
 
     def wait_for(self, what: Callable[[Results], bool], timeout_s: float = 20.0) -> Results:
         """The guest's results, once they are so. AssertionError where it ends or does not get there."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + at_most(timeout_s)
         while time.monotonic() < deadline:
             if not self.ends.empty():
                 raise AssertionError(f"the guest ended: {self.ends.get()}; {self.violation()}")
@@ -145,7 +146,7 @@ class Rig:
                 if results.state is GuestState.RUNNING and what(results):
                     return results
             time.sleep(POLL_S)
-        raise AssertionError(f"not within {timeout_s} s: {self.results()}")
+        raise AssertionError(f"not within {at_most(timeout_s):g} s: {self.results()}")
 
     def go_on(self, turns: int = 300, timeout_s: float = 20.0) -> Results:
         """Let every vCPU take so many turns more."""
@@ -160,7 +161,7 @@ class Rig:
     def end(self, timeout_s: float = 20.0) -> str | BaseException | None:
         """How the guest ends, None where it does not."""
         try:
-            return self.ends.get(timeout=timeout_s)
+            return self.ends.get(timeout=at_most(timeout_s))
         except Empty:
             return None
 

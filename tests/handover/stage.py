@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.patience import at_most
 from tests.processes import Spawn, Spawned
 from vmm.errors import PeerError
 from vmm.qmp.client import QmpClient
 from vmm.report.ticks import Ticks
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 20.0  # of a test that has no other
 POLL_S = 0.01
 T = TypeVar("T")
 # What a report says of the VM fd that came, by who drives that VM on. (No kernel lets another process do so,
@@ -29,9 +30,9 @@ VM_FD = {
 
 def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = TIMEOUT_S) -> T:
     """The first thing that `look` finds; AssertionError after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + at_most(timeout_s)
     while not (found := look()):
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        assert time.monotonic() < deadline, f"{what}: not within {at_most(timeout_s):g} s"
         time.sleep(POLL_S)
     return found
 
@@ -170,7 +171,7 @@ def connect(process: Spawned, monitor: Path) -> QmpClient:
 
     def look() -> QmpClient | None:
         try:
-            return QmpClient.connect(monitor, TIMEOUT_S)
+            return QmpClient.connect(monitor, at_most(TIMEOUT_S))
         except PeerError:
             assert process.popen.poll() is None, f"{process} has ended{process.output()}"
             return None

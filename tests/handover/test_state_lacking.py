@@ -13,6 +13,7 @@ import pytest
 
 import vmm.machine.hypervisor
 from tests.handover.rig import Rig, rig
+from tests.patience import at_most
 from tests.processes import ROOT
 from vmm.cli import doctor
 from vmm.errors import HandoverError, HostError
@@ -144,7 +145,7 @@ def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-P", "-m", "vmm", "doctor", *arguments],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=at_most(50),
         check=False,
         cwd="/",
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},

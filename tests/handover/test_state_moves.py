@@ -20,6 +20,7 @@ import vmm.machine.hypervisor
 import vmm.machine.machine
 from tests.handover.rig import Rig, rig
 from tests.native import need_native_instructions
+from tests.patience import at_most
 from vmm.boot.cpuid import KVM_FEATURES_LEAF, PV_UNHALT, CpuidEntry, guest_cpuid
 from vmm.errors import HandoverError, StateError, VmmError
 from vmm.kvm import Cap, IoctlError, MpState, Vm, abi
@@ -130,7 +131,7 @@ def held(machine: Machine, index: int) -> Iterator[None]:
 
     def hold() -> None:
         begun.set()
-        over.wait(20)
+        over.wait(at_most(20))
 
     thread.submit(hold)
     thread.kick()
@@ -140,8 +141,8 @@ def held(machine: Machine, index: int) -> Iterator[None]:
         over.set()
         thread.submit(done.set)
         thread.pause()
-        assert begun.wait(20)
-        assert done.wait(20)
+        assert begun.wait(at_most(20))
+        assert done.wait(at_most(20))
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_the_guest_goes_on_after_a_vcpu_stopped_too_late(late: int, monkeypatch:
 
     def dawdle(self: kvm_state.VcpuState, settle: Any, run_on: Any) -> None:
         if self.vcpu.index == late and not tried.is_set():
-            over.wait(20)
+            over.wait(at_most(20))
             run_on()
             tried.set()
         look(self, settle, run_on)
@@ -188,7 +189,7 @@ def test_the_guest_goes_on_after_a_vcpu_stopped_too_late(late: int, monkeypatch:
             with pytest.raises(VmmError, match=r"within 0\.3 s"):
                 one.hand_over()
             over.set()
-            assert tried.wait(20)
+            assert tried.wait(at_most(20))
         one.go_on(turns=100)
         one.hand_over()
         one.go_on(turns=20)
@@ -220,7 +221,7 @@ def test_the_guest_runs_on_where_a_vcpu_does_not_stop(call: Callable[[Machine], 
         settled(one)
         machine = one.machine
         over = threading.Event()
-        machine.threads[0].submit(lambda: over.wait(20) and None)
+        machine.threads[0].submit(lambda: over.wait(at_most(20)) and None)
         with pytest.raises(VmmError, match=LATE):
             call(machine)
         over.set()
@@ -318,7 +319,7 @@ def test_no_nmi_in_the_middle_of_a_handover() -> None:
 def wait_until_halted(machine: Machine, timeout_s: float = 20.0) -> None:
     """Until the thread of the first vCPU sleeps, and goes on doing so: in KVM_RUN, in all likelihood."""
     stat = Path(f"/proc/self/task/{machine.threads[0].native_id}/stat")
-    asleep, deadline = 0, time.monotonic() + timeout_s
+    asleep, deadline = 0, time.monotonic() + at_most(timeout_s)
     while asleep < 3:
         assert time.monotonic() < deadline
         time.sleep(0.0001)

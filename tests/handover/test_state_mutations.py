@@ -18,6 +18,7 @@ import pytest
 from tests.guests.running import symbol
 from tests.handover.rig import Rig, Step, rig
 from tests.native import need_native_instructions
+from tests.patience import at_most
 from vmm.boot.image import find_image
 from vmm.errors import GuestCrash, StateError
 from vmm.kvm import MpState, abi
@@ -186,7 +187,7 @@ def noticed(one: Rig, row: Row) -> str:
 
 def finding(one: Rig, timeout_s: float) -> str:
     """What the guest found within that time, or how it ended; empty if neither."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + at_most(timeout_s)
     while not (found := one.violation()):
         if (end := one.end(timeout_s=0.01)) is not None:
             found = one.violation()
@@ -227,7 +228,7 @@ def test_a_halted_vcpu_that_goes_on_is_noticed() -> None:
 
     with rig(kernel="sentinel", append="checks=timer,hlt pattern=1M") as one:
         one.wait_for(lambda results: True)
-        deadline = time.monotonic() + 30.0
+        deadline = time.monotonic() + at_most(30.0)
         while True:
             one.machine.stop()
             state = abi.kvm_mp_state()
@@ -300,7 +301,7 @@ def test_a_changed_register_is_noticed() -> None:
 
     with rig(kernel="sentinel", append="checks=registers pattern=1M") as one:
         one.wait_for(lambda results: True)
-        deadline = time.monotonic() + 30.0
+        deadline = time.monotonic() + at_most(30.0)
         one.machine.stop()
         while not holds(one.machine):
             assert time.monotonic() < deadline
@@ -326,7 +327,7 @@ def test_a_periodic_timer_that_comes_too_rarely_is_noticed() -> None:
 
     with rig(kernel="sentinel", append="checks=timer pattern=1M gap_us=5000") as one:
         one.wait_for(lambda results: True)
-        deadline = time.monotonic() + 30.0
+        deadline = time.monotonic() + at_most(30.0)
         one.machine.stop()
         while not is_periodic(one.machine):
             assert time.monotonic() < deadline

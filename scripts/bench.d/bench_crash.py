@@ -17,9 +17,9 @@ from typing import Any
 
 import host
 
-from vmm.cli.handover import unix_channel
+from vmm.cli.handover import add_timeout, unix_channel
 from vmm.cli.launch import LaunchedVmm
-from vmm.cli.series import POLL_S, START_S, Series
+from vmm.cli.series import POLL_S, Series
 from vmm.errors import GuestCrash, PeerError, VmmError
 from vmm.report.table import table
 from vmm.units import parse_size
@@ -27,7 +27,6 @@ from vmm.units import parse_size
 KILL_WITHIN_S = 0.05  # of a VMM that serves the guest: after at most so long
 HANDOVER_KILL_WITHIN_S = {"adopt": 0.15, "rebuild": 0.3}  # of a handover, from `migrate` on
 NEW_WAITS_MS = 2000  # for an old VMM that has been killed
-ALIVE_S = 10.0  # for the guest to take further turns
 
 
 class Victim(Enum):
@@ -67,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpus", type=int, default=2, metavar="N", help="vCPUs of the guest, default 2")
     parser.add_argument("--memory", default="128M", metavar="SIZE", help="guest RAM, default 128M")
     parser.add_argument("--seed", type=int, help="of the random moments; printed, to try the same again")
+    add_timeout(parser, host.TIMEOUT)
 
 
 class CrashSeries(Series):
@@ -90,12 +90,12 @@ class CrashSeries(Series):
             monitor=lambda pid: directory.path / f"qmp-{pid}.sock",
             log=directory.log,
         )
-        self.client = self.vmm.connect(time.monotonic() + START_S)
+        self.client = self.vmm.connect(self.deadline())
         self.wait_running()
 
     def wait_running(self) -> None:
         """Wait until the guest runs in this VMM. Raises GuestCrash where it never does."""
-        deadline = time.monotonic() + START_S
+        deadline = self.deadline()
         while not self.client.execute("query-status")["running"]:
             if time.monotonic() > deadline:
                 raise GuestCrash("the guest does not run in the VMM that took it")
@@ -118,9 +118,9 @@ class CrashSeries(Series):
             monitor=lambda pid: directory.path / f"qmp-{pid}.sock",
             log=directory.log,
         )
-        with new.connect(time.monotonic() + START_S) as client:
+        with new.connect(self.deadline()) as client:
             client.execute("migrate-set-parameters", {"x-vmm-setup-timeout": NEW_WAITS_MS})
-        _wait_for(cpr)
+        _wait_for(cpr, self.deadline())
         self.client.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
         self.client.execute("migrate", {"channels": [unix_channel("main", main), unix_channel("cpr", cpr)]})
         return new
@@ -131,7 +131,7 @@ class CrashSeries(Series):
         """
         living = [vmm for vmm in candidates if vmm.process.poll() is None]
         lingering = []
-        deadline = time.monotonic() + START_S
+        deadline = self.deadline()
         while living:
             for vmm in list(living):
                 try:
@@ -163,7 +163,7 @@ class CrashSeries(Series):
     def check(self) -> int:
         """See that the guest takes turns; the errors that it has found."""
         before = self.results()
-        deadline = time.monotonic() + ALIVE_S
+        deadline = self.deadline()
         while (now := self.results()).cpus[0].turns == before.cpus[0].turns:
             if time.monotonic() > deadline:
                 raise GuestCrash("the guest stands still")
@@ -178,8 +178,7 @@ class CrashSeries(Series):
         return "" if found is None else f"{names[found.check]}: {found}"
 
 
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + START_S
+def _wait_for(path: Path, deadline: float) -> None:
     while not path.exists():
         if time.monotonic() > deadline:
             raise PeerError(f"{path} does not appear")
@@ -219,6 +218,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
         memory=memory,
         cpus=arguments.cpus,
         options=[f"--memory-backend={arguments.memory_backend}"],
+        timeout_s=arguments.timeout,
     ) as series:
         for _ in range(arguments.handovers):
             series.replace()

@@ -9,6 +9,7 @@ from typing import Any
 
 import host
 
+from vmm.cli.handover import add_timeout
 from vmm.cli.series import Series
 from vmm.errors import UsageError
 from vmm.report.table import table
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--handovers", type=int, default=200, metavar="N", help="default 200")
     parser.add_argument("--mode", choices=("rebuild", "adopt"), default="rebuild", help="default: rebuild")
     parser.add_argument("--memory", default="128M", metavar="SIZE", help="guest RAM, default 128M")
+    add_timeout(parser, host.TIMEOUT)
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
@@ -30,7 +32,14 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
         raise UsageError(f"--handovers {arguments.handovers}: more than the first {WARM_UP} are needed")
     memory = parse_size(arguments.memory, "--memory")
     taken: dict[int, dict[str, int]] = {}
-    with Series("ticker", mode=arguments.mode, memory=memory, cpus=1, append="rate=20") as series:
+    with Series(
+        "ticker",
+        mode=arguments.mode,
+        memory=memory,
+        cpus=1,
+        append="rate=20",
+        timeout_s=arguments.timeout,
+    ) as series:
         for number in range(1, arguments.handovers + 1):
             series.replace()
             if number in (WARM_UP, arguments.handovers):

@@ -11,6 +11,7 @@ from typing import Any
 import host
 from qemu_peer import QemuSeries, qemu_version
 
+from vmm.cli.handover import add_timeout
 from vmm.cli.series import Series, Step
 from vmm.errors import UsageError
 from vmm.report.pause import Quantiles, plain, quantiles
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode", choices=("rebuild", "adopt", "both"), default="rebuild", help="default: rebuild"
     )
     parser.add_argument("--peer", choices=("qemu",), help="measure this VMM's cpr-transfer in the same run")
+    add_timeout(parser, host.TIMEOUT)
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
@@ -88,9 +90,12 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
         raise UsageError(f"--handovers {arguments.handovers}: one is the least there is to measure")
     sizes = [parse_size(text, "--sizes") for text in arguments.sizes.split(",")]
     modes = ("rebuild", "adopt") if arguments.mode == "both" else (arguments.mode,)
-    subjects = [Subject(mode, memory, opener(mode, memory, APPEND)) for memory in sizes for mode in modes]
+    timeout_s = arguments.timeout
+    subjects = [
+        Subject(mode, memory, opener(mode, memory, APPEND, timeout_s)) for memory in sizes for mode in modes
+    ]
     if "adopt" in modes:  # which a guest that computes does not notice
-        subjects.append(Subject("adopt, in exits", sizes[0], opener("adopt", sizes[0], IN_EXITS)))
+        subjects.append(Subject("adopt, in exits", sizes[0], opener("adopt", sizes[0], IN_EXITS, timeout_s)))
     version = None
     if arguments.peer:
         version = ".".join(map(str, qemu_version()))
@@ -112,8 +117,10 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
     return record, text(subjects, alike, ratios(subjects)), verdict(subjects, alike)
 
 
-def opener(mode: str, memory: int, append: str) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: Series("sentinel", mode=mode, memory=memory, cpus=1, append=append)
+def opener(
+    mode: str, memory: int, append: str, timeout_s: float
+) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: Series("sentinel", mode=mode, memory=memory, cpus=1, append=append, timeout_s=timeout_s)
 
 
 def qemu_opener(memory: int, tsc_khz: int) -> Callable[[], AbstractContextManager[Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import host
 
+from vmm.cli.handover import add_timeout
 from vmm.cli.series import Series
 from vmm.report.pause import plain, quantiles
 from vmm.report.table import milliseconds, table
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=("rebuild", "adopt"), default="rebuild", help="default: rebuild")
     parser.add_argument("--memory", default="128M", metavar="SIZE", help="guest RAM, default 128M")
     parser.add_argument("--cpus", type=int, default=2, metavar="N", help="number of vCPUs, default 2")
+    add_timeout(parser, host.TIMEOUT)
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
@@ -40,7 +42,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]
         return (turns(series) - before) / (time.monotonic() - start), done
 
     pauses: list[float] = []
-    with Series("sentinel", mode=arguments.mode, memory=memory, cpus=arguments.cpus) as series:
+    with Series(
+        "sentinel", mode=arguments.mode, memory=memory, cpus=arguments.cpus, timeout_s=arguments.timeout
+    ) as series:
         calm, _ = speed(CALM_S, series, handovers=False)
         stormy, done = speed(arguments.seconds, series, handovers=True)
         record = series.finish()

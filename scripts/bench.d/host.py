@@ -14,6 +14,8 @@ from typing import Any
 
 import vmm
 
+TIMEOUT = "seconds for each handover, and for whatever else is waited for"  # what --timeout is
+
 _RSS = re.compile(r"RssAnon:\s+(\d+) kB")
 _THREADS = re.compile(r"Threads:\s+(\d+)")
 

@@ -23,7 +23,7 @@ from typing import Any, Self
 from vmm.boot.image import find_image, load_image
 from vmm.boot.x86 import BootFlags, prepare_memory
 from vmm.cli.handover import unix_channel
-from vmm.cli.series import CONTROL_AFTER_S, SETTLE_S, START_S, Step
+from vmm.cli.series import CONTROL_AFTER_S, SETTLE_S, Step
 from vmm.errors import HostError, PeerError
 from vmm.memory import layout
 from vmm.qmp.client import QmpClient
@@ -40,6 +40,7 @@ from vmm.report.results import (
 
 QEMU = "qemu-system-x86_64"
 OLDEST = (10, 0)
+START_S = 20.0
 CPU_MODEL = "host,-arch-capabilities"  # the MSR that this names is what QEMU cannot set on some hosts
 ROM_BYTES = 1 << 16
 CLOCK_READINGS = 200

@@ -269,6 +269,12 @@ def test_an_interrupted_demo_leaves_nothing(user: User) -> None:
     assert list(user.vms.iterdir()) == []
 
 
+def test_a_demo_waits_as_long_as_it_is_told(user: User) -> None:
+    said = user.fails(10, "demo", "--json", "--timeout=0.01")
+    assert "does not answer in time" in said
+    assert [path.name for path in user.vms.glob("*/*")] == ["vmm.log"]  # which the sentence refers to
+
+
 def test_bad_numbers_for_a_demo(user: User) -> None:
     assert "--handovers 0" in user.fails(2, "demo", "--handovers=0")
     assert "'lots' is not a size" in user.fails(4, "demo", "--memory=lots")

@@ -182,6 +182,7 @@ def test_options_of_run(capsys: pytest.CaptureFixture[str], case: str) -> None:
         ([], "required"),
         (["demo", "--guest=windows"], "invalid choice"),
         (["handover", "one", "--timeout=soon"], "invalid float value"),
+        (["demo", "--timeout=soon"], "invalid float value"),
     ],
 )
 def test_what_argparse_refuses(capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:

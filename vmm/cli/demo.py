@@ -13,10 +13,12 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vmm.cli.handover import add_timeout
 from vmm.errors import GuestHarm, UsageError
 
 if TYPE_CHECKING:
     from vmm.cli.series import Record
+    from vmm.machine.config import MachineConfig
     from vmm.report.pause import Quantiles
 
 HANDOVERS = 5
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the guest gets into the new VMM: into a VM built for it (rebuild), with its very VM, "
         "which a keeper process holds (adopt), or one guest of each kind (both, the default)",
     )
+    add_timeout(parser, "seconds for each handover, and for whatever else is waited for")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -57,10 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # end as with Ctrl-C: nothing stays behind
     say: Say = (lambda _: None) if arguments.json else _say
-    records = [
-        _show(arguments.guest, mode, config.memory, config.cpus, arguments.handovers, say)
-        for mode in MODES[arguments.mode]
-    ]
+    records = [_show(arguments, mode, config, say) for mode in MODES[arguments.mode]]
     _say(json.dumps(as_dict(arguments.mode, records)) if arguments.json else "\n".join(text(records)))
     if not all(record.good for record in records):
         raise GuestHarm("something of the guest was lost or wrong; see the figures")
@@ -71,23 +71,25 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _show(guest: str, mode: str, memory: int, cpus: int, handovers: int, say: Say) -> Record:
+def _show(arguments: argparse.Namespace, mode: str, config: MachineConfig, say: Say) -> Record:
     from vmm.cli.series import Series
     from vmm.report.table import milliseconds
     from vmm.units import format_size
 
-    say(f"--- {mode}: {guest}, RAM: {format_size(memory)}, vCPUs: {cpus}; what it says is indented")
+    ram = format_size(config.memory)
+    say(f"--- {mode}: {arguments.guest}, RAM: {ram}, vCPUs: {config.cpus}; what it says is indented")
     with Series(
-        guest,
+        arguments.guest,
         mode=mode,
-        memory=memory,
-        cpus=cpus,
+        memory=config.memory,
+        cpus=config.cpus,
+        timeout_s=arguments.timeout,
         on_line=lambda line: say(f"  {_shortened(line)}"),
         on_handover=say,
     ) as series:
         say(f"the guest runs in pid {series.vmm.pid}")
         series.hear()
-        for _ in range(handovers):
+        for _ in range(arguments.handovers):
             step = series.hand_over()
             say(f"it saw a pause of {milliseconds(step.guest_us)}")
         return series.finish()

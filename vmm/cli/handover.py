@@ -41,13 +41,7 @@ Progress = Callable[[str], None]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vmm handover`."""
     add_target(parser)
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=TIMEOUT_S,
-        metavar="S",
-        help=f"seconds in all (default {TIMEOUT_S:g})",
-    )
+    add_timeout(parser, "seconds in all")
     parser.add_argument(
         "--mode",
         choices=("auto", "adopt", "rebuild"),
@@ -61,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the whole report as one JSON object")
     parser.add_argument("--python", metavar="EXE", help="the Python whose vmm takes over (default: this one)")
+
+
+def add_timeout(parser: argparse.ArgumentParser, what: str) -> None:
+    """The option `--timeout`, whose number is `what`."""
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"{what} (default {TIMEOUT_S:g})"
+    )
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def hand_over(
                 interrupted = _wait_ended(old, vmm, deadline)
                 report: dict[str, Any] = old.execute("x-vmm-report")
                 progress(f"the guest runs in pid {vmm.pid}; ending the old VMM (pid {report['pids']['old']})")
-                if not quit_and_wait(old):
+                if not quit_and_wait(old, max(deadline - time.monotonic(), QUIT_S)):
                     raise HandoverError(
                         f"the guest was handed over, but the old VMM (pid {report['pids']['old']}) does not "
                         "end; kill it"
@@ -227,15 +228,15 @@ def _whereabouts(vmm: LaunchedVmm, new: QmpClient) -> str:
     return f"the guest is {state} in the new VMM (pid {vmm.pid})"
 
 
-def quit_and_wait(vmm: QmpClient) -> bool:
-    """Tell a VMM to end; whether it has within `QUIT_S`. Closes the connection. Raises PeerError."""
+def quit_and_wait(vmm: QmpClient, timeout_s: float) -> bool:
+    """Tell a VMM to end; whether it has within `timeout_s`. Closes the connection. Raises PeerError."""
     pidfd = os.pidfd_open(vmm.pid)
     try:
         vmm.execute("quit")
         vmm.close()
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
-        return bool(poller.poll(QUIT_S * 1000))
+        return bool(poller.poll(timeout_s * 1000))
     finally:
         os.close(pidfd)
 

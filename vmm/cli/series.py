@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from vmm.cli.handover import hand_over, quit_and_wait
+from vmm.cli.handover import TIMEOUT_S, hand_over, quit_and_wait
 from vmm.cli.launch import LaunchedVmm
 from vmm.cli.rundir import RunDir
 from vmm.errors import GuestCrash, HandoverError, PeerError, VmmError
@@ -40,9 +40,6 @@ from vmm.report.results import (
 )
 from vmm.report.ticks import Ticks
 
-START_S = 20.0
-OUTPUT_S = 10.0  # for the guest to say something; ticker does ten times a second
-END_S = 20.0
 POLL_S = 0.02
 SETTLE_S = 0.1  # after a window, for the guest to have noted the gap that it is in
 CONTROL_AFTER_S = (0.05, 0.25)  # the control window begins somewhere in here
@@ -254,7 +251,10 @@ class Console:
 
 
 class Series:
-    """A context: the guest runs from entering it to leaving it or to `finish`."""
+    """A context: the guest runs from entering it to leaving it or to `finish`.
+
+    Each thing that is waited for has `timeout_s`: a VMM's start, a handover, a word of the guest's, an end.
+    """
 
     def __init__(
         self,
@@ -265,12 +265,14 @@ class Series:
         cpus: int,
         append: str | None = None,
         options: Sequence[str] = (),
+        timeout_s: float = TIMEOUT_S,
         on_line: Callable[[str], None] = lambda _: None,
         on_handover: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.guest = guest
         self.manners = GUESTS[guest]
         self.mode = mode
+        self.timeout_s = timeout_s
         self.directory = RunDir(f"series-{os.getpid()}")
         self._memory = memory
         self._cpus = cpus
@@ -287,8 +289,8 @@ class Series:
         self.directory.make()
         try:
             self._start()
-        except BaseException:
-            self._clean_up(keep_log=False)
+        except BaseException as error:
+            self._clean_up(keep_log=isinstance(error, PeerError))  # which says to look there
             raise
         return self
 
@@ -320,7 +322,7 @@ class Series:
             log=directory.log,
         )
         try:
-            self.client = self.vmm.connect(time.monotonic() + START_S)
+            self.client = self.vmm.connect(self.deadline())
             console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             console.connect(str(directory.console))
             self.console = Console(console, self._on_line)
@@ -330,6 +332,10 @@ class Series:
         except BaseException:
             self.vmm.end()
             raise
+
+    def deadline(self) -> float:
+        """When what begins now must have happened, on time.monotonic."""
+        return time.monotonic() + self.timeout_s
 
     def _options(self) -> str:
         """The guest's own, and sentinel's checks of vector registers where guests can have them here."""
@@ -345,7 +351,7 @@ class Series:
         results = load_image(find_image(self.guest), ram=layout(self._memory)).results
         assert results is not None
         self.results_area = results[0], min(results[1], HEADER_SIZE + self._cpus * CPU_SIZE)
-        deadline = time.monotonic() + START_S
+        deadline = self.deadline()
         while True:
             try:
                 if self.results().state is GuestState.RUNNING:
@@ -362,7 +368,7 @@ class Series:
         directory = self.directory
         if directory.lives():
             with QmpClient.connect(directory.qmp) as client:
-                quit_and_wait(client)
+                quit_and_wait(client, self.timeout_s)
         self.vmm.end()
         for path in directory.keepers():
             with suppress(PeerError):  # it is just ending
@@ -382,7 +388,7 @@ class Series:
 
     def hear(self) -> None:
         """See that the guest speaks, having asked it to. Raises PeerError."""
-        self.console.ask(self.manners.ask, OUTPUT_S)
+        self.console.ask(self.manners.ask, self.timeout_s)
 
     def largest_gap_us(self, window: Window) -> float:
         """The largest gap that the guest noted in `window`."""
@@ -412,10 +418,11 @@ class Series:
                 log=self.directory.log,
                 mode=self.mode,
                 keeper=self.mode == "adopt",
+                timeout_s=self.timeout_s,
                 progress=self._on_handover,
             )
             self.vmm, self.client = handed.vmm, handed.client
-        if (status := old.wait(END_S)) != 0:
+        if (status := old.wait(self.timeout_s)) != 0:
             raise HandoverError(f"the old VMM (pid {old.pid}) ended with status {status}: {old.last_words()}")
         return handed.report, self._look_at_vm()
 
@@ -449,8 +456,8 @@ class Series:
         """Have the guest end itself, read what it says at last, and see its VMM end as it should."""
         before = self.results()
         self.console.send(self.manners.end)
-        self.console.wait_closed(END_S)
-        status = self.vmm.wait(END_S)
+        self.console.wait_closed(self.timeout_s)
+        status = self.vmm.wait(self.timeout_s)
         ticks = self.console.ticks
         lost, errors = self._lost + ticks.lost, before.errors + ticks.errors + (status != GUEST_ENDED_WELL)
         if ticks.last is not None:

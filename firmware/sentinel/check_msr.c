@@ -41,8 +41,8 @@ static const struct place msrs[] = {
 	{ 0xc0000102, CANONICAL }, /* KernelGSbase */
 	{ 0xc0000103, LOW }, /* TSC_AUX */
 	{ 0x174, 0xffff }, /* SYSENTER_CS */
-	{ 0x175, CANONICAL }, /* SYSENTER_ESP */
-	{ 0x176, CANONICAL }, /* SYSENTER_EIP */
+	{ 0x175, LOW }, /* SYSENTER_ESP: AMD has no more of it, nor restores more */
+	{ 0x176, LOW }, /* SYSENTER_EIP: likewise */
 	{ 0x277, TYPES & ~PAT_ENTRY0 }, /* PAT */
 	{ 0x402, ~0ull }, /* MC0_ADDR */
 	{ 0xc0010140, 0xffff }, /* OSVW_ID_Length */

@@ -18,11 +18,12 @@ typedef void interrupt_handler(struct interrupt_frame *frame);
 #define VECTOR_PIC_SLAVE 0x28 /* IRQ 8 to 15 */
 #define VECTOR_TIMER 0x40 /* LAPIC timer */
 #define VECTOR_IPI 0x41
+#define VECTOR_SHADOW 0x42 /* what a vCPU sends itself, in check_shadow.c */
 #define VECTOR_SPURIOUS 0xff
 
 /* Loads the IDT on this vCPU. On the first call: every exception ends the guest, NMIs are counted, nothing else is claimed. */
 void interrupts_init(void);
-/* Vectors 32 and up; before interrupts are on. `nmi_claim`: is called by each NMI. */
+/* Of an exception too; before interrupts are on. `nmi_claim`: is called by each NMI. */
 void interrupt_claim(u8 vector, interrupt_handler *handler);
 void nmi_claim(void (*handler)(void));
 /* Read and write an MSR; false if the machine has not got it, or does not take the value. After interrupts_init(). */
@@ -47,6 +48,7 @@ u32 pit_start(u32 hz);
 #define LAPIC_LDR 0xd0
 #define LAPIC_DFR 0xe0
 #define LAPIC_SVR 0xf0
+#define LAPIC_IRR 0x200 /* eight registers, 0x10 apart */
 #define LAPIC_ICR_LOW 0x300
 #define LAPIC_ICR_HIGH 0x310
 #define LAPIC_LVT_TIMER 0x320
@@ -58,6 +60,7 @@ u32 pit_start(u32 hz);
 #define LAPIC_TIMER_DIVIDE 0x3e0
 
 #define ICR_NMI (4u << 8)
+#define ICR_SELF (1u << 18) /* whatever the destination says */
 #define LVT_MASKED (1u << 16)
 #define LVT_EXTINT 0x700u
 #define LVT_NMI 0x400u

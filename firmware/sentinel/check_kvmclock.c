@@ -1,6 +1,8 @@
 /*
  * kvmclock: KVM's paravirtual clock never goes back, keeps step with the TSC, and is not behind another vCPU's.
- * Where: 0 went back, 1 away from the TSC, 2 behind the neighbour's, 3 the page is never stable. Expected, seen: ns.
+ * The wall clock: KVM keeps the address where it is to be written, and writes there when it is told so and never else.
+ * Where: 0 went back, 1 away from the TSC, 2 behind the neighbour's, 3 the page is never stable (expected, seen: ns); 4 the
+ * wall clock's address, 5 what is there.
  * Value: how far it is ahead of the TSC since the start, in ns (two's complement), on the vCPU that looked last.
  * Source: Linux Documentation/virt/kvm/x86/msr.rst and cpuid.rst.
  */
@@ -12,6 +14,7 @@
 #define SIGNATURE_EBX 0x4b4d564b /* "KVMK" */
 #define FEATURE_CLOCKSOURCE2 (1u << 3)
 #define MSR_KVM_SYSTEM_TIME 0x4b564d01
+#define MSR_KVM_WALL_CLOCK 0x4b564d00
 #define ENABLE 1
 #define FLAG_TSC_STABLE 1
 #define TRIES 1000
@@ -37,6 +40,23 @@ static struct {
 	u64 tsc;
 	u8 flags;
 } clocks[MAX_CPUS];
+
+static volatile u32 wall_clock[3] __attribute__((aligned(16))); /* version, seconds, nanoseconds */
+
+/* Has KVM write the time, and then keeps numbers of its own there. */
+static void set_wall_clock(void)
+{
+	wrmsr(MSR_KVM_WALL_CLOCK, (u64)wall_clock);
+	for (u32 i = 0; i < ARRAY_SIZE(wall_clock); i++)
+		wall_clock[i] = (u32)unlike(0, i, 0);
+}
+
+static void verify_wall_clock(void)
+{
+	expect(&vcpus[0], CHECK_KVMCLOCK, (u64)wall_clock, rdmsr(MSR_KVM_WALL_CLOCK), 4);
+	for (u32 i = 0; i < ARRAY_SIZE(wall_clock); i++)
+		expect(&vcpus[0], CHECK_KVMCLOCK, (u32)unlike(0, i, 0), wall_clock[i], 5);
+}
 
 static u64 scale(u64 cycles, u32 mul, s8 shift)
 {
@@ -73,6 +93,8 @@ static bool prepare(void)
 
 static void begin(struct vcpu *v)
 {
+	if (!v->index)
+		set_wall_clock();
 	wrmsr(MSR_KVM_SYSTEM_TIME, (u64)&pages[v->index] | ENABLE);
 	clocks[v->index].first_ns = clocks[v->index].last_ns = read(v);
 	clocks[v->index].first_tsc = clocks[v->index].tsc;
@@ -88,6 +110,8 @@ static void turn(struct vcpu *v)
 	u32 me = v->index;
 	u64 others = clocks[neighbour(v)->index].last_ns, now = read(v), slack, by_tsc, off;
 
+	if (!me)
+		verify_wall_clock();
 	slack = clocks[me].flags & FLAG_TSC_STABLE ? SLACK_STABLE_NS : SLACK_UNSTABLE_NS;
 	if (now + slack < clocks[me].last_ns)
 		violate(v, CHECK_KVMCLOCK, clocks[me].last_ns, now, 0);

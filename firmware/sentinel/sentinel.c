@@ -36,6 +36,8 @@ static const struct check *const checks[] = {
 	&check_mmio,
 	&check_ports,
 	&check_posted,
+	&check_exception,
+	&check_shadow,
 	&check_x87,
 	&check_xmm,
 	&check_ymm,

@@ -38,6 +38,8 @@ enum check_id {
 	CHECK_NMI = 26,
 	CHECK_PORTS = 27,
 	CHECK_POSTED = 28,
+	CHECK_EXCEPTION = 29,
+	CHECK_SHADOW = 30,
 };
 
 /*
@@ -81,7 +83,7 @@ struct check {
 extern const struct check check_tsc, check_counter, check_pattern, check_cpus, check_tscsync, check_ipi, check_pit, check_timer,
 	check_hlt, check_msr, check_debug, check_kvmclock, check_paging, check_pio, check_mmio, check_x87, check_xmm, check_ymm,
 	check_registers, check_control, check_cpuid, check_lapic, check_pic, check_ioapic, check_mtrr,
-	check_nmi, check_ports, check_posted;
+	check_nmi, check_ports, check_posted, check_exception, check_shadow;
 
 extern struct vcpu vcpus[MAX_CPUS];
 extern u32 cpu_count; /* vCPUs that run */

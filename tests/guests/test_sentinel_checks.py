@@ -20,7 +20,9 @@ LVT_TIMER, INITIAL_COUNT, LDR, SPURIOUS = 0x320, 0x380, 0xD0, 0xF0
 LVT_PERIODIC = 1 << 17
 LVT_MASKED, APIC_ENABLED = 1 << 16, 1 << 8
 TSC_DEADLINE, PAT, STAR, FIXED_MTRR = 0x6E0, 0x277, 0xC0000081, 0x250
-IPI_VECTOR, MSI_ADDRESS = 0x41, 0xFEE00000
+IPI_VECTOR, SHADOW_VECTOR, MSI_ADDRESS = 0x41, 0x42, 0xFEE00000
+WALL_CLOCK = 0x4B564D00
+RFLAGS_TF = 1 << 8
 MTRR_NUMBER = 25
 
 
@@ -129,6 +131,11 @@ def set_clock_back(guest: RunningGuest) -> None:
     now = abi.kvm_clock_data()
     guest.vm.get_clock(now)
     guest.vm.set_clock(abi.kvm_clock_data(clock=max(1, now.clock - 100_000_000)))
+
+
+def write_wall_clock(guest: RunningGuest) -> None:
+    """Have KVM write the time once more, where the guest has something else by now."""
+    set_msr(guest, WALL_CLOCK, guest.symbol("check_kvmclock.c", "wall_clock"))
 
 
 def change_frames(guest: RunningGuest) -> None:
@@ -242,6 +249,21 @@ def change_what_cpuid_said(guest: RunningGuest) -> None:
         guest.add(guest.symbol("check_cpuid.c", "held") + 8 + 8 * leaf, 1)
 
 
+def step_once_more(guest: RunningGuest) -> None:
+    """An exception that nothing in the guest has raised."""
+    regs = abi.kvm_regs()
+    guest.vcpus[0].get_regs(regs)
+    regs.rflags |= RFLAGS_TF
+    guest.vcpus[0].set_regs(regs)
+
+
+def send_what_is_to_wait(guest: RunningGuest) -> None:
+    """Once more, while none waits: the LAPIC would take two for one."""
+    count = guest.symbol("check_shadow.c", "interrupts")
+    guest.stop_when(lambda: guest.load(count) == guest.load(count + 16))
+    guest.vm.signal_msi(MSI_ADDRESS, SHADOW_VECTOR)
+
+
 def mask_irq13(guest: RunningGuest) -> None:
     change_chip(guest, 1, lambda chip: setattr(chip.pic, "imr", chip.pic.imr ^ 0x20))
 
@@ -284,6 +306,8 @@ DAMAGES = {
     "DR2": Damage(11, "debug", change_debug_register, where=2),
     "DR7": Damage(11, "debug", change_dr7, where=7),
     "kvmclock": Damage(12, "kvmclock", set_clock_back, where=0),
+    "wall clock lost": Damage(12, "kvmclock", lambda guest: set_msr(guest, WALL_CLOCK, 0), where=4),
+    "wall clock written": Damage(12, "kvmclock", write_wall_clock, where=5),
     "frames": Damage(13, "paging", change_frames),
     "a byte written twice": Damage(14, "pio", double_a_byte, where=1),
     "a byte read and lost": Damage(14, "pio", lose_a_read, where=0),
@@ -292,6 +316,9 @@ DAMAGES = {
     "a posted write done twice": Damage(28, "posted", double_a_posted_write, where=0),
     "a posted write changed": Damage(28, "posted", change_a_posted_write, where=1),
     "an NMI lost": Damage(26, "nmi", lose_an_nmi, cpus=2),
+    "an exception too many": Damage(29, "exception", step_once_more),
+    "an interrupt too many": Damage(30, "shadow", send_what_is_to_wait, where=0),
+    "an interrupt lost": Damage(30, "shadow", lose_ipis, where=0),
     "scratch register": Damage(27, "ports", lambda guest: change_port(guest, 0x3FF), where=0x3FF),
     "modem control": Damage(27, "ports", lambda guest: change_port(guest, 0x3FC), where=0x3FC),
     "reset control": Damage(27, "ports", lambda guest: change_port(guest, 0xCF9), where=0xCF9),

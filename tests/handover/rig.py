@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from tests.patience import at_most
+from vmm.devices.chardev import Reactor
 from vmm.errors import GuestCrash, VmmError
 from vmm.fds import FdStore
 from vmm.kvm import DirectPort
@@ -50,8 +51,9 @@ class NoReactor:
 class Rig:
     """One guest, in the machine that has it now."""
 
-    def __init__(self, *, paused: bool = False, **config: Any) -> None:
+    def __init__(self, *, paused: bool = False, reactor: Reactor | None = None, **config: Any) -> None:
         """A guest as `MachineConfig` describes it, running or `paused`."""
+        self._reactor = reactor or NoReactor()
         self.config = MachineConfig(**{"serial": "null", "memory": 64 << 20, **config}).check()
         self.ends: SimpleQueue[str | BaseException] = SimpleQueue()
         self.machine = self._build(FdStore(), Origin.NEW)
@@ -65,7 +67,7 @@ class Rig:
                 port=DirectPort(),
                 origin=origin,
                 tracer=Tracer(origin.value),
-                reactor=NoReactor(),
+                reactor=self._reactor,
                 listener=self,
                 may_run=lambda: True,
             )

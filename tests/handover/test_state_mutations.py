@@ -8,25 +8,31 @@ nobody loads anything. Each guest runs with the one check that is to notice.
 from __future__ import annotations
 
 import ctypes
+import os
+import termios
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
 from tests.guests.running import symbol
-from tests.handover.rig import Rig, Step, rig
+from tests.handover.rig import NoReactor, Rig, Step, rig
 from tests.native import need_native_instructions
 from tests.patience import at_most
 from vmm.boot.image import find_image
 from vmm.errors import GuestCrash, StateError
-from vmm.kvm import MpState, abi
+from vmm.kvm import MpState, Vcpu, abi
 from vmm.machine import lapic_state as lapic
 from vmm.machine.config import kept_config
 from vmm.machine.cpuid_state import kept_cpuid
 from vmm.machine.lapic_state import INITIAL_COUNT, LVT_TIMER, write_register
 from vmm.machine.machine import Machine
+from vmm.machine.msr_state import MsrState
 from vmm.machine.vcpu_thread import VcpuThread
 from vmm.state import Arena, Section
 
@@ -35,6 +41,7 @@ pytestmark = pytest.mark.kvm
 STALL = "stall_ms=300"
 NOTICED_S = 15.0
 CRASH = "crash"
+WALL_CLOCK = 0x4B56_4D00  # MSR_KVM_WALL_CLOCK_NEW, which the check writes
 EXCEPTION = f"debug-exit with status {101 << 1 | 1}"  # one that sentinel did not ask for
 
 
@@ -102,6 +109,12 @@ def no_requests(section: Any) -> None:
         write_register(section.registers, at, 0)
 
 
+def no_wall_clock(section: Any) -> None:
+    [entry] = [entry for entry in section.entries if entry.index == WALL_CLOCK]
+    assert entry.data
+    entry.data = 0
+
+
 def no_clock_line(machine: Machine) -> None:
     machine.hypervisor.clock.line.over = 0
 
@@ -165,6 +178,7 @@ ROWS = (
     Row("debugregs", "debug", at_birth("vcpu/debugregs")),
     Row("msrs", "msr", at_birth("vcpu/msrs")),
     Row("msrs", "mtrr", at_birth("vcpu/msrs")),
+    Row("msrs-wall-clock", "kvmclock", changed("msrs", no_wall_clock)),
     Row("lapic", "lapic", at_birth("vcpu/lapic")),
     Row("lapic-timer", "timer", changed("lapic", no_timer), options=STALL),
     Row("mp_state", "cpus", at_birth("vcpu/mp_state"), cpus=2, options=STALL),
@@ -346,6 +360,18 @@ def test_a_periodic_timer_that_comes_too_rarely_is_noticed() -> None:
         assert found.endswith("where 0x3")
 
 
+def test_what_kvm_writes_to_its_wall_clock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes when it is told the address; what the guest had there is not put back."""
+    monkeypatch.setattr(MsrState, "_read_ram", lambda self, gpa: b"")
+    with rig(kernel="sentinel", append="checks=kvmclock pattern=1M") as one:
+        one.wait_for(lambda results: True)
+        one.go_on(turns=100)
+        one.hand_over()
+        found = finding(one, NOTICED_S)
+        assert found.startswith("kvmclock ")
+        assert found.endswith("where 0x5")
+
+
 def test_a_lost_nmi_is_noticed() -> None:
     """One vCPU stands still until the other has sent it an NMI; that is dropped."""
 
@@ -360,6 +386,201 @@ def test_a_lost_nmi_is_noticed() -> None:
         one.machine.threads[1].pause()
         time.sleep(0.1)
         assert noticed(one, Row("events", "nmi", drop)).startswith("nmi ")
+
+
+# --- what is about to happen ---
+
+SCRATCH = 0x3FF  # of COM1: read by check_exception.c and check_shadow.c, and here by nobody else
+IN_AL_DX = b"\xec"
+SHADOW_VECTOR = 0x42  # firmware/include/interrupt.h
+DEBUG_EXCEPTION = 1
+SHADOW_INT_STI = 2  # KVM_X86_SHADOW_INT_STI, asm/kvm.h
+RFLAGS_IF, DR6_BS = 1 << 9, 1 << 14
+
+
+class StopsAt:
+    """The ports, on which a read of one makes the vCPU stop once it is done."""
+
+    def __init__(self, thread: VcpuThread, port: int) -> None:
+        self.stopped = threading.Event()
+        self._thread, self._port, self._pio = thread, port, thread._pio
+        thread._pio = self  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pio, name)
+
+    def read(self, address: int, size: int) -> bytes:
+        if address == self._port:
+            self._thread.stop_after_exit()
+            self.stopped.set()
+        return self._pio.read(address, size)
+
+
+def stop_at_scratch(one: Rig) -> Vcpu:
+    """The vCPU, after the one instruction of a check that reads there: what it leads to is still to come."""
+    [thread] = one.machine.threads
+    assert StopsAt(thread, SCRATCH).stopped.wait(at_most(20))
+    on_thread(thread, lambda: None)
+    regs = abi.kvm_regs()
+    thread.vcpu.get_regs(regs)
+    assert one.machine.memory.read(regs.rip - 1, 1) == IN_AL_DX
+    return thread.vcpu
+
+
+def on_thread(thread: VcpuThread, job: Callable[[], object]) -> None:
+    """Have a vCPU's thread do that, after what it does now."""
+    done: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def report() -> None:
+        try:
+            job()
+        except BaseException as error:  # noqa: BLE001 -- raised by the caller
+            done.put(error)
+        else:
+            done.put(None)
+
+    thread.submit(report)
+    if (error := done.get(timeout=at_most(20))) is not None:
+        raise error
+
+
+def begin_delivery(one: Rig, vcpu: Vcpu) -> None:
+    """Have KVM begin to deliver what waits, and be called off by a signal: it is injected then. (Where the
+    processor tells KVM when an interrupt can be taken, KVM looks before that only after its events were set.)
+    """
+    [thread] = one.machine.threads
+    events = abi.kvm_vcpu_events()
+    vcpu.get_events(events)
+    vcpu.set_events(events)
+    on_thread(thread, thread.settle)
+
+
+def back_into_shadow(one: Rig, vcpu: Vcpu) -> None:
+    """To the state between STI and the instruction after it, which has changed nothing but AL."""
+    regs, events = abi.kvm_regs(), abi.kvm_vcpu_events()
+    vcpu.get_regs(regs)
+    vcpu.get_events(events)
+    assert regs.rflags & RFLAGS_IF
+    assert not events.interrupt.shadow
+    regs.rip -= len(IN_AL_DX)
+    events.interrupt.shadow = SHADOW_INT_STI
+    events.flags |= abi.KVM_VCPUEVENT_VALID_SHADOW
+    vcpu.set_regs(regs)
+    vcpu.set_events(events)
+    vcpu.get_events(events)
+    if not events.interrupt.shadow & SHADOW_INT_STI:
+        pytest.skip("this KVM does not keep an interrupt shadow between two ioctls")
+
+
+def requested(events: Any, lapic_section: Any) -> bool:
+    return bool(
+        lapic.read_register(lapic_section.registers, lapic.REQUEST + SHADOW_VECTOR // 32 * 0x10)
+        & 1 << SHADOW_VECTOR % 32
+    )
+
+
+def no_exception(events: Any) -> None:
+    events.exception.pending = events.exception.injected = events.exception_has_payload = 0
+
+
+def no_payload(events: Any) -> None:
+    events.exception_has_payload = 0
+
+
+def no_interrupt(events: Any) -> None:
+    events.interrupt.injected = 0
+
+
+def no_shadow(events: Any) -> None:
+    events.interrupt.shadow = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that is about to happen: the check that waits for it, how the vCPU gets there, how KVM then
+    says so, what is lost, and where the check says that it notices.
+    """
+
+    check: str
+    arrange: Callable[[Rig, Vcpu], object] | None
+    is_there: Callable[[Any, Any], bool]  # given the sections of events and LAPIC
+    loss: Callable[[Any], object]
+    where: int
+
+
+EVENTS = {
+    "exception-pending": Event(
+        "exception",
+        None,
+        lambda events, _: (events.exception.pending, events.exception.nr) == (1, DEBUG_EXCEPTION),
+        no_exception,
+        where=1,  # it comes after the next instruction: TF is still set
+    ),
+    "exception-payload": Event(
+        "exception",
+        None,
+        lambda events, _: (events.exception_has_payload, events.exception_payload) == (1, DR6_BS),
+        no_payload,
+        where=2,
+    ),
+    "exception-injected": Event(
+        "exception",
+        begin_delivery,
+        lambda events, _: (events.exception.injected, events.exception.nr) == (1, DEBUG_EXCEPTION),
+        no_exception,
+        where=1,
+    ),
+    "interrupt-injected": Event(
+        "shadow",
+        begin_delivery,
+        lambda events, lapic_section: (
+            (events.interrupt.injected, events.interrupt.nr) == (1, SHADOW_VECTOR)
+            and not requested(events, lapic_section)
+        ),
+        no_interrupt,
+        where=0,
+    ),
+    "interrupt-shadow": Event(
+        "shadow",
+        back_into_shadow,
+        lambda events, lapic_section: (
+            bool(events.interrupt.shadow & SHADOW_INT_STI) and requested(events, lapic_section)
+        ),
+        no_shadow,
+        where=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["moved", "dropped"])
+@pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS)
+def test_what_is_about_to_happen(event: Event, kept: bool) -> None:
+    """It happens after the handover, and where it is lost, the check notices."""
+
+    def look(machine: Machine) -> None:
+        [state] = machine.hypervisor.vcpu_states
+        events, lapic_section = state.sections["events"], state.sections["lapic"]
+        assert event.is_there(events, lapic_section)
+        if not kept:
+            event.loss(events)
+            assert not event.is_there(events, lapic_section)
+
+    with rig(kernel="sentinel", append=f"checks={event.check} pattern=1M {STALL}") as one:
+        one.wait_for(lambda results: True)
+        one.go_on(turns=20)
+        for _ in range(3 if kept else 1):
+            vcpu = stop_at_scratch(one)
+            if event.arrange is not None:
+                event.arrange(one, vcpu)
+            one.hand_over(saved=look)
+            if kept:
+                one.go_on(turns=20)
+        if kept:
+            assert one.results().errors == 0
+        else:
+            found = finding(one, NOTICED_S)
+            assert found.startswith(f"{event.check} ")
+            assert found.endswith(f"where {event.where:#x}")
 
 
 # --- what a guest does not see, but whoever has it next ---
@@ -405,6 +626,54 @@ def test_what_a_guest_is_told_after_a_reset(kept: bool) -> None:
         first = one.wait_for(lambda results: True)
         one.hand_over(offered=None if kept else cleared("hypervisor"))
         assert (one.machine.hypervisor.facts.tsc_khz == first.tsc_khz) == kept
+
+
+class DeafReactor(NoReactor):
+    """An event loop that never calls: nobody types at the terminal."""
+
+    def add_reader(self, fd: int, callback: Callable[[], object], /) -> None:
+        pass
+
+    def remove_reader(self, fd: int, /) -> None:
+        pass
+
+    def add_writer(self, fd: int, callback: Callable[[], object], /) -> None:
+        pass
+
+    def remove_writer(self, fd: int, /) -> None:
+        pass
+
+
+@contextmanager
+def as_terminal() -> Iterator[int]:
+    """A terminal that is this process's stdin and stdout."""
+    master, slave = os.openpty()
+    kept = [os.dup(fd) for fd in (0, 1)]
+    try:
+        for fd in (0, 1):
+            os.dup2(slave, fd)
+        yield slave
+    finally:
+        for fd, original in enumerate(kept):
+            os.dup2(original, fd)
+        for fd in (master, slave, *kept):
+            os.close(fd)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["moved", "dropped"])
+def test_the_mode_that_a_terminal_had(kept: bool) -> None:
+    """The VMM that ends the guest gives it back. Lost, it is taken for what the last VMM had made of it."""
+    with as_terminal() as terminal:
+        before = termios.tcgetattr(terminal)
+        append = "checks=counter pattern=1M"
+        with rig(kernel="sentinel", append=append, serial="stdio", reactor=DeafReactor()) as one:
+            one.wait_for(lambda results: True)
+            raw = termios.tcgetattr(terminal)
+            assert raw != before
+            one.hand_over(saved=None if kept else cleared("chardev"))
+            one.go_on(turns=20)
+            assert termios.tcgetattr(terminal) == raw
+        assert termios.tcgetattr(terminal) == (before if kept else raw)
 
 
 def test_damaged_state_at_birth_is_refused() -> None:

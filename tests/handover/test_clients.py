@@ -10,18 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.handover.stage import Stage
+from tests.handover.stage import Stage, connect
 from vmm.qmp.client import QmpClient
 
 pytestmark = pytest.mark.kvm
-
-
-def _connect(path: Path) -> QmpClient:
-    deadline = time.monotonic() + 10
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.01)
-    return QmpClient.connect(path)
 
 
 def _channel(kind: str, path: Path) -> dict[str, Any]:
@@ -32,14 +24,14 @@ def _channel(kind: str, path: Path) -> dict[str, Any]:
 def test_a_watching_client_sees_no_disconnect(spawn: Any, tmp_socket_dir: Path, keeper: str) -> None:
     folder = tmp_socket_dir
     old = spawn.vmm("run", "ticker", "--serial", "null", keeper, f"--qmp=unix:{folder}/a")
-    operator, watcher = _connect(folder / "a"), _connect(folder / "a")
+    operator, watcher = connect(old, folder / "a"), connect(old, folder / "a")
     new = spawn.vmm(
         "run",
         f"--incoming=unix:{folder}/main",
         f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={folder}/cpr",
         f"--qmp=unix:{folder}/b",
     )
-    with operator, watcher, _connect(folder / "b") as own:
+    with operator, watcher, connect(new, folder / "b") as own:
         operator.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
         channels = [_channel("main", folder / "main"), _channel("cpr", folder / "cpr")]
         operator.execute("migrate", {"channels": channels})
@@ -60,15 +52,15 @@ def test_the_new_vmm_is_told_before_the_guest_comes_how_it_is_to_arrive(
     spawn: Any, tmp_socket_dir: Path
 ) -> None:
     folder = tmp_socket_dir
-    spawn.vmm("run", "ticker", "--serial", "null", f"--qmp=unix:{folder}/a")
-    with _connect(folder / "a") as operator:
-        spawn.vmm(
+    old = spawn.vmm("run", "ticker", "--serial", "null", f"--qmp=unix:{folder}/a")
+    with connect(old, folder / "a") as operator:
+        new = spawn.vmm(
             "run",
             f"--incoming=unix:{folder}/main",
             f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={folder}/cpr",
             f"--qmp=unix:{folder}/b",
         )
-        with _connect(folder / "b") as own:
+        with connect(new, folder / "b") as own:
             assert own.execute("query-status") == {"status": "inmigrate", "running": False}
             own.execute("stop")
             operator.execute("migrate-set-parameters", {"mode": "cpr-transfer"})

@@ -122,9 +122,9 @@ def test_without_the_variable_there_is_nothing(spawn: Spawn) -> None:
     """Not even an import; and the world that is driven is the real one."""
     code = """
 import sys
-from vmm import process
+from vmm.process.faults import faulty
 world = object()
-assert process._faulty(world) is world
+assert faulty(world) is world
 assert "vmm.cpr.faults" not in sys.modules
 """
     python = spawn(sys.executable, "-c", code, cwd=ROOT)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,8 @@ from vmm.machine.cpuid_state import kept_cpuid
 from vmm.machine.irqfd import FIRST_MSI
 from vmm.machine.machine import Machine
 from vmm.machine.runstate import RunState
-from vmm.process import VmmProcess
+from vmm.process import Options
+from vmm.process.monitor import Monitor
 from vmm.qmp.backend import QmpError
 from vmm.report.results import CpuState
 
@@ -237,10 +239,10 @@ def test_the_guest_runs_on_where_a_vcpu_does_not_stop(call: Callable[[Machine], 
 def test_the_monitor_says_that_a_vcpu_does_not_stop() -> None:
     with rig(**SENTINEL, append="checks=counter pattern=1M") as one:
         settled(one)
-        process = VmmProcess.__new__(VmmProcess)
-        process._machine = one.machine
+        guest: Any = SimpleNamespace(machine=one.machine)
+        monitor = Monitor(Options(), guest, pytest.fail, pytest.fail)
         with held(one.machine, 0), pytest.raises(QmpError, match=LATE):
-            process.stop()
+            monitor.stop()
 
 
 # --- interrupts ---

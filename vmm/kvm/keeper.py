@@ -256,6 +256,7 @@ class Keeper:
         self._by_fd: dict[int, VcpuRunner] = {}
         self._orphan_s = 0.001  # until OP_ORPHAN says otherwise, nobody will come
         self._alone_since = time.monotonic()
+        self._over = False
         self._names[b"kvm-slots", 0] = self._slots_fd
         self._held.add(self._slots_fd)
         if listener is not None:
@@ -264,14 +265,14 @@ class Keeper:
         self._operations = (  # by number
             *(self._hello, self._ioctl, self._create, self._memory, self._attribute, self._dirty_log),
             *(self._vcpu, self._kick, self._store, self._drop, self._table),
-            *(self._attach, self._detach, self._successor, self._orphan),
+            *(self._attach, self._detach, self._successor, self._orphan, self._quit),
         )
 
     # --- who speaks to us ---
 
     def serve(self) -> None:
         """Serve until the attached VMM says OP_QUIT, or nobody came for the orphan timeout."""
-        while True:
+        while not self._over:
             wait_ms = None
             if not self._vmms and self._orphan_s:
                 left = self._alone_since + self._orphan_s - time.monotonic()
@@ -286,8 +287,8 @@ class Keeper:
                         continue
                     if not self._admit(sock):
                         sock.close()
-                elif fd in self._clients and not self._serve_one(self._clients[fd]):
-                    return
+                elif fd in self._clients:
+                    self._serve_one(self._clients[fd])
 
     def _admit(self, sock: socket.socket) -> bool:
         """Listen to `sock` from here on, unless it is a stranger's or there are too many."""
@@ -321,17 +322,17 @@ class Keeper:
         self._listener.close()
         self._listener = None
 
-    def _serve_one(self, sock: socket.socket) -> bool:
+    def _serve_one(self, sock: socket.socket) -> None:
         fds = array.array("i")
         try:
             data, ancillary, flags, _ = sock.recvmsg(
                 MESSAGE_MAX, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:  # whoever had this number before had something to say
-            return True
+            return
         except OSError:
             self._dismiss(sock)
-            return True
+            return
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(content[: len(content) - len(content) % 4])
@@ -340,16 +341,12 @@ class Keeper:
         try:
             if not data:
                 self._dismiss(sock)
-                return True
+                return
             if len(data) < REQUEST.size or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise Refused(EINVAL)
             op, fd, request, *arguments = REQUEST.unpack_from(data)
             if op not in (NEED_NO_ATTACH if sock in self._vmms else ANYBODY) and sock is not self._attached:
                 raise Refused(EPERM)
-            if op == OP_QUIT:
-                self.stop_listening()
-                _say_last(sock)
-                return False
             if op >= len(self._operations):
                 raise Refused(EINVAL)
             message = Message(sock, fd, request, arguments, data[REQUEST.size :], fds)
@@ -369,7 +366,6 @@ class Keeper:
             sock.sendmsg([REPLY.pack(result, number, 0), payload], rights)
         except OSError:
             self._dismiss(sock)
-        return True
 
     # --- operations ---
 
@@ -569,12 +565,10 @@ class Keeper:
         self._orphan_s = message.arguments[0] / 1000
         return DONE
 
-
-def _say_last(sock: socket.socket) -> None:
-    try:
-        sock.sendall(REPLY.pack(0, 0, 0))
-    except OSError:
-        return  # it did not wait for an answer
+    def _quit(self, message: Message) -> Answer:
+        self.stop_listening()
+        self._over = True
+        return DONE
 
 
 def _hung_up(sock: socket.socket) -> bool:

@@ -1,0 +1,202 @@
+"""The new side of a handover: wait for the old VMM, build the machine from what it sends, take the guest."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+
+from vmm.cpr import incoming
+from vmm.cpr.live import Choice, IncomingMachine, LiveIncoming, refusal, run
+from vmm.cpr.token import RunToken
+from vmm.errors import HandoverError, PeerError
+from vmm.fds import FdStore
+from vmm.machine.config import decode, differences
+from vmm.machine.hypervisor import Origin
+from vmm.machine.machine import Machine
+from vmm.machine.ports import adopt_from_keeper, direct_port, has_keeper, retire_keeper, take_keeper
+from vmm.machine.probe import OLD_VM_FDS, WORKS, drop_old_vm, probe_received_vm
+from vmm.memory.guest import GUEST_MEMFD
+from vmm.process.checks import check_complete, check_keepers_fds, refuse_surplus, surplus
+from vmm.process.faults import faulty
+from vmm.process.guest import Guest
+from vmm.process.loop import Loop
+from vmm.process.migration import Migration
+from vmm.process.options import Options
+from vmm.qmp.moving import ArrivingClients
+from vmm.qmp.server import QmpServer
+from vmm.trace import Tracer
+
+log = logging.getLogger(__name__)
+
+
+class _View:
+    """The machine as an incoming handover sees it; `held` says that it is to stay paused on arrival,
+    `resumed` hears that it is served.
+    """
+
+    def __init__(self, machine: Machine, held: Callable[[], bool], resumed: Callable[[], None]) -> None:
+        self._machine = machine
+        self._held = held
+        self._resumed = resumed
+        self.load = machine.load
+
+    def resume(self, *, running: bool) -> None:
+        self._machine.resume(running=running and not self._held())
+        self._resumed()
+
+
+class NewSide:
+    """Receives a guest, once."""
+
+    def __init__(
+        self,
+        options: Options,
+        guest: Guest,
+        migration: Migration,
+        loop: Loop,
+        monitor: QmpServer,
+        tracer: Tracer,
+        *,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """`failed` hears of an error of our own."""
+        self._options = options
+        self._guest = guest
+        self._migration = migration
+        self._loop = loop
+        self._monitor = monitor
+        self._tracer = tracer
+        self._failed = failed
+        self._world: LiveIncoming | None = None
+        self._arriving: ArrivingClients | None = None
+        self._retired: socket.socket | None = None  # to the keeper of the VM that the guest has left
+
+    def prepare(self) -> None:
+        """Start what the guest may need and a confined process cannot start."""
+        if self._options.keeper and self._options.method != "adopt":
+            self._guest.prepare_keeper()
+
+    def await_guest(self) -> None:
+        """Listen, and leave the rest to a thread."""
+        assert self._options.incoming is not None
+        self._world = world = LiveIncoming(
+            cpr_path=self._options.incoming.cpr_path,
+            main_path=self._options.incoming.main_path,
+            build=self._build,
+            timeouts=lambda: self._migration.timeouts,
+            tracer=self._tracer,
+            on_phase=self._on_phase,
+        )
+        self._guest.fds = world.fds
+        self._migration.carry(lambda: self._carry_in(world))
+
+    def cancel(self, why: str) -> None:
+        """Give up, unless the guest is ours already: then it is as good as over."""
+        if self._world is not None and self._world.phase is not incoming.Phase.TAKEN:
+            self._world.cancel.set(why)
+
+    def close(self) -> None:
+        """Leave the keeper alone that the guest was in."""
+        if self._retired is not None:
+            self._retired.close()
+            self._retired = None
+
+    # --- the carrying thread ---
+
+    def _carry_in(self, world: LiveIncoming) -> None:
+        try:
+            phase = run(incoming.incoming(faulty(world)))
+        except BaseException as error:
+            self._failed(error)
+            raise
+        finally:
+            world.close()
+        self._loop.post(self._received if phase is incoming.Phase.COMPLETED else self._not_received)
+
+    def _on_phase(self, phase: incoming.Phase, error: str | None) -> None:
+        if phase is incoming.Phase.TAKEN:
+            self._guest.take()
+            self._keep_orphan_timeout()
+        self._migration.set_status(incoming.STATUS[phase], error)
+
+    def _keep_orphan_timeout(self) -> None:
+        """That of the VM which the guest leaves holds for a new one as well, where no other is given."""
+        machine = self._guest.machine
+        assert machine is not None
+        if machine.hypervisor.origin is Origin.REBUILT and self._options.orphan_timeout_s:
+            machine.state.orphan_ms = self._options.orphan_ms
+
+    def _build(self, described: bytes, fds: FdStore, token: RunToken) -> tuple[IncomingMachine, Choice]:
+        config = decode(described, "the old VMM's machine")
+        differing = differences(self._options.given, config)
+        if differing:
+            raise refusal(differing)
+        check_complete(config, fds)
+        self._arriving = ArrivingClients(fds)
+        choice = self._choose(fds)
+        if choice.method == "rebuild" and config.memory_backend == GUEST_MEMFD:
+            raise HandoverError(
+                f"rebuild ({choice.why}) cannot be: the guest's memory is guest_memfd, which is bound to its "
+                "VM, and no other VM can have it; adopt a VM that has a keeper"
+            )
+        guest = self._guest
+        guest.token = token
+        if choice.method == "rebuild":
+            self._retired = take_keeper(fds)
+            drop_old_vm(fds)
+            machine = guest.make(config, guest.new_port(), Origin.REBUILT)
+        elif choice.probe == WORKS:
+            machine = guest.make(config, direct_port(), Origin.ADOPTED)
+        else:
+            guest.end_spare()
+            check_keepers_fds(config, fds)
+            machine = guest.make(config, adopt_from_keeper(fds), Origin.ADOPTED)
+        unused = OLD_VM_FDS if choice.probe == WORKS else frozenset()  # a keeper's, which is not needed then
+        refuse_surplus([row for row in surplus(fds) if row[0] not in unused])
+        return _View(machine, lambda: guest.held, lambda: self._loop.post(guest.own)), choice
+
+    def _choose(self, fds: FdStore) -> Choice:
+        """Adopt or rebuild: by what the kernel says, what there is, and what was asked for."""
+        probe = probe_received_vm(fds)
+        received = fds.find("vm") is not None
+        wanted = self._options.method
+        kept = has_keeper(fds)
+        if wanted == "rebuild":
+            return Choice("rebuild", "asked for", received, probe)
+        if probe == WORKS:
+            return Choice("adopt", "the kernel lets this process drive the VM", received, probe)
+        if kept:
+            return Choice("adopt", f"the kernel says {probe}; the keeper drives the VM", received, probe)
+        if wanted == "adopt":
+            raise HandoverError(
+                f"adopt was asked for, but the kernel says {probe} and the VM has no keeper; "
+                "start the guest with a keeper, or use rebuild"
+            )
+        return Choice("rebuild", f"the kernel says {probe}, and there is no keeper", received, probe)
+
+    # --- the loop's thread ---
+
+    def _received(self) -> None:
+        if self._loop.ending:  # the guest has ended already
+            return
+        self._tracer.role = "old"
+        assert self._arriving is not None
+        assert self._world is not None
+        self._arriving.arrive(self._monitor, self._world.clients)
+        self._migration.release_events()
+        if self._retired is not None:
+            retired, self._retired = self._retired, None
+            try:
+                retire_keeper(retired)
+            except PeerError as error:
+                log.warning("the keeper that the guest was in: %s", error)
+        if self._migration.error is None:
+            log.info("the guest runs here")
+        else:
+            log.warning("%s", self._migration.error)
+
+    def _not_received(self) -> None:
+        self._migration.release_events()
+        log.error("no guest was taken over: %s", self._migration.error)
+        self._loop.end(HandoverError.exit_code)

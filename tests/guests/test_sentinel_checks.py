@@ -18,6 +18,7 @@ pytestmark = pytest.mark.kvm
 CPU1 = 0x200000 + HEADER_SIZE + ctypes.sizeof(CpuLayout)
 LVT_TIMER, INITIAL_COUNT, LDR, SPURIOUS = 0x320, 0x380, 0xD0, 0xF0
 LVT_PERIODIC = 1 << 17
+SLOW_COUNT = 80_000_000  # bus cycles of 1 ns: four periods of the timer check
 LVT_MASKED, APIC_ENABLED = 1 << 16, 1 << 8
 TSC_DEADLINE, PAT, STAR, FIXED_MTRR = 0x6E0, 0x277, 0xC0000081, 0x250
 IPI_VECTOR, SHADOW_VECTOR, MSI_ADDRESS = 0x41, 0x42, 0xFEE00000
@@ -98,7 +99,7 @@ def slow_down_periodic_timer(guest: RunningGuest) -> None:
         return bool(int.from_bytes(bytes(state.regs[LVT_TIMER : LVT_TIMER + 4]), "little") & LVT_PERIODIC)
 
     guest.stop_when(periodic)
-    change_lapic(guest, INITIAL_COUNT, lambda count: count * 8)
+    change_lapic(guest, INITIAL_COUNT, lambda _: SLOW_COUNT)
 
 
 def wake_without_interrupt(guest: RunningGuest) -> None:

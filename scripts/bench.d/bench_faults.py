@@ -14,24 +14,44 @@ from vmm.report.table import table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the matrix is shared with the tests
 
-from tests.handover.fault_matrix import KINDS, MODES, PROBLEMS, Outcome, cells, line, run_matrix, totals
+from tests.handover.fault_matrix import (
+    KINDS,
+    MODES,
+    ONLY,
+    PROBLEMS,
+    Outcome,
+    choose,
+    default_jobs,
+    line,
+    run_matrix,
+    totals,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, help="default: both")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the cells with TEXT in their name")
+    parser.add_argument("--only", default=[], action="append", metavar="TEXT", help=ONLY)
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=default_jobs(),
+        metavar="N",
+        help="how many cells at a time, each with processes of its own (default: twice the CPUs, at most 4: "
+        "here %(default)s); a cell mostly waits, but "
+        "where too many share a CPU deadlines can pass by themselves",
+    )
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], bool]:
-    chosen = [cell for cell in cells() if arguments.only in str(cell)]
-    if not chosen:
-        raise UsageError(f"--only {arguments.only}: no cell has that in its name")
+    if arguments.jobs < 1:
+        raise UsageError(f"--jobs {arguments.jobs}: at least one cell has to be run at a time")
     modes = [arguments.mode] if arguments.mode else list(MODES)
-    outcomes = [
-        outcome
-        for mode in modes
-        for outcome in run_matrix(chosen, mode=mode, show=lambda outcome: host.say(line(outcome)))
-    ]
+    outcomes = run_matrix(
+        choose(arguments.only),
+        modes=modes,
+        jobs=arguments.jobs,
+        show=lambda outcome: host.say(line(outcome)),
+    )
     counts = totals(outcomes)
     record = {
         "benchmark": "faults",

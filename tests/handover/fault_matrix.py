@@ -9,31 +9,39 @@ Where that leads is where the next cell starts.
 Each cell is there in both modes. By `adopt` the guest lives in a keeper: where a VMM died with it, `vmm
 attach` has to find it there, and it has to go on. The keeper, too, must hold no fd more than before.
 
-`python -m tests.handover.fault_matrix` runs the whole matrix, tests/handover/test_faults.py a part of it.
+Any cell may follow any other: several workers can take them from one list, each a process with a guest, a
+folder and VMMs of its own, so that what one counts as its VMM's or its keeper's fds is never another's.
+
+`python -m tests.handover.fault_matrix` runs the whole matrix, tests/handover/test_fault_matrix.py a part.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import mmap
 import os
 import re
 import signal
+import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from tests.handover import stage
 from tests.handover.stage import connect
-from tests.processes import Spawn, Spawned
-from vmm.errors import PeerError
+from tests.processes import PR_SET_PDEATHSIG, ROOT, Spawn, Spawned
+from vmm.errors import PeerError, UsageError
 from vmm.machine.ports import end_keeper
 from vmm.qmp.backend import QmpError
 from vmm.qmp.client import QmpClient
@@ -48,6 +56,7 @@ LONG_MS = {"setup": 10_000, "prepare": 3_000, "commit": 1_500}
 DELAY_MS = 40  # well within the deadlines
 STOPPED_S = 7.0  # at most: longer than all the deadlines that can follow on each other
 SETTLE_S = 25.0  # a cell that takes longer hangs
+STARTED_S = 60.0  # within which a VMM's monitor answers; on a busy machine that is no fault of a handover
 MOVING_S = 5.0  # within which a guest that runs is seen to move
 STANDING_S = 0.15  # within which a guest that stands still does not
 POLL_S = 0.01
@@ -242,6 +251,25 @@ def cells() -> list[Cell]:
     return [*_along_the_way(), *_on_error(), *_paused()]
 
 
+ONLY = (
+    "the cells whose own fault, SIDE:STEP:KIND, has TEXT in it, not the fault in parentheses that leads to "
+    "it; or the one that is called TEXT in full; or with `paused` those of a paused guest; may be repeated"
+)
+
+
+def choose(texts: Sequence[str]) -> list[Cell]:
+    """The cells that the options `--only` name, as ONLY says; all where there are none. Raises UsageError."""
+    every = cells()
+    for text in texts:
+        if not any(_is_meant(text, cell) for cell in every):
+            raise UsageError(f"--only {text}: there is no such cell; a name is like outgoing:offer:kill")
+    return [cell for cell in every if not texts or any(_is_meant(text, cell) for text in texts)]
+
+
+def _is_meant(text: str, cell: Cell) -> bool:
+    return text in cell.fault or text == str(cell) or (text == "paused" and cell.paused)
+
+
 # --- what a cell found ---
 
 PROBLEMS = (
@@ -401,7 +429,7 @@ class Vmm:
     def ask(self, command: str, arguments: dict[str, Any] | None = None, timeout_s: float = 5.0) -> Any:
         """What a QMP command returns. Raises PeerError where there is no answer."""
         if self._client is None:
-            self._client = connect(self.process, self._monitor)
+            self._client = connect(self.process, self._monitor, STARTED_S)
         return self._client.execute(command, arguments, timeout_s)
 
     def answers(self, command: str) -> dict[str, Any]:
@@ -479,6 +507,9 @@ class Matrix:
     def close(self) -> None:
         """End every process."""
         self._forget()
+        for vmm in self._vmms:
+            vmm.close()
+        self._spawn.end_all()  # one that nobody has noted yet, too, for its keeper would not end otherwise
         self._reap()
 
     def _forget(self) -> None:
@@ -487,9 +518,13 @@ class Matrix:
         self._guest = self._current = None
 
     def run(self, cells: Iterable[Cell]) -> Iterator[Outcome]:
-        """The outcomes, as they come."""
-        todo = list(cells)
-        for cell, following in zip(todo, [*todo[1:], None], strict=True):
+        """The outcomes, as they come. A cell is taken from `cells` when the one before it begins, whose last
+        VMM is the one that its fault strikes.
+        """
+        todo = iter(cells)
+        following = next(todo, None)
+        while following is not None:
+            cell, following = following, next(todo, None)
             outcome = Outcome(cell, self._mode)
             start = time.monotonic()
             try:
@@ -770,23 +805,159 @@ def _new_settled(new: Vmm) -> bool:
     return new.dead or new.answers("query-migrate").get("status") == "completed"
 
 
-# --- the command ---
+# --- side by side ---
+
+JOBS_MAX = 4  # that are worth it by default: a cell mostly waits, and its deadlines are seconds
+INTERRUPTED = 130  # exit status
+CLOSING_S = 60.0  # within which a worker that was told to end has ended its processes
+WORKER = "import sys; from tests.handover.fault_matrix import work; work(int(sys.argv[1]))"
+
+
+def default_jobs() -> int:
+    """How many cells run at a time, unless it is said."""
+    return min(2 * len(os.sched_getaffinity(0)), JOBS_MAX)
 
 
 def run_matrix(
-    chosen: list[Cell], *, mode: str, guest: str = "sentinel", show: Callable[[Outcome], None]
+    chosen: Sequence[Cell],
+    *,
+    modes: Sequence[str] = MODES,
+    guest: str = "sentinel",
+    jobs: int = 1,
+    show: Callable[[Outcome], None],
 ) -> list[Outcome]:
-    """The outcomes of all cells; each is shown as it comes."""
-    outcomes = []
+    """The outcomes of all cells, mode by mode, in the order of `chosen`; each is shown as it comes. With more
+    than one job that many processes share them.
+    """
+    outcomes = {}
+    run = _side_by_side if jobs > 1 else _in_turn
+    for mode, at, outcome in run(list(chosen), list(modes), guest, jobs):
+        show(outcome)
+        outcomes[mode, at] = outcome
+    return [outcomes[mode, at] for mode in modes for at in range(len(chosen))]
+
+
+Found = tuple[str, int, Outcome]  # in which mode, of which of the chosen cells
+
+
+def _in_turn(chosen: list[Cell], modes: list[str], guest: str, _: int) -> Iterator[Found]:
+    for mode in modes:
+        for at, outcome in _run_mode(mode, guest, enumerate(chosen)):
+            yield mode, at, outcome
+
+
+def _run_mode(mode: str, guest: str, places: Iterable[tuple[int, Cell]]) -> Iterator[tuple[int, Outcome]]:
+    taken: list[int] = []
+
+    def todo() -> Iterator[Cell]:
+        for at, cell in places:
+            taken.append(at)
+            yield cell
+
     with tempfile.TemporaryDirectory(prefix="vmm-", dir="/tmp") as folder:  # a socket's path has to be short
         matrix = Matrix(Path(folder), mode=mode, guest=guest)
         try:
-            for outcome in matrix.run(chosen):
-                show(outcome)
-                outcomes.append(outcome)
+            for count, outcome in enumerate(matrix.run(todo())):
+                yield taken[count], outcome
         finally:
             matrix.close()
-    return outcomes
+
+
+def _side_by_side(chosen: list[Cell], modes: list[str], guest: str, jobs: int) -> Iterator[Found]:
+    """A worker asks for a cell with (mode, None), and is told its place or None; what it has found is (mode,
+    (place, outcome)).
+    """
+    left = {mode: iter(range(len(chosen))) for mode in modes}
+    workers: dict[Connection, subprocess.Popen[bytes]] = {}
+    missing = len(chosen) * len(modes)
+    try:
+        for _ in range(min(jobs, len(chosen))):
+            connection, worker = _start_worker()
+            workers[connection] = worker
+            connection.send((chosen, modes, guest))
+        while missing:
+            for connection in wait(list(workers)):
+                assert isinstance(connection, Connection)
+                try:
+                    mode, found = connection.recv()
+                    if found is None:
+                        connection.send(next(left[mode], None))
+                        continue
+                except (EOFError, OSError):  # it has done its part, or something has happened to it
+                    worker = workers.pop(connection)
+                    connection.close()
+                    if worker.wait(CLOSING_S):
+                        raise RuntimeError(f"a worker ended with {worker.returncode}, see above") from None
+                    continue
+                missing -= 1
+                yield mode, *found
+    finally:
+        _end_workers(workers)
+
+
+def _start_worker() -> tuple[Connection, subprocess.Popen[bytes]]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        worker = subprocess.Popen(
+            [sys.executable, "-P", "-c", WORKER, str(theirs.fileno())],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+    return Connection(ours.detach()), worker
+
+
+def _end_workers(workers: dict[Connection, subprocess.Popen[bytes]]) -> None:
+    """All at once, since each has processes to wait for."""
+    for connection, worker in workers.items():
+        connection.close()
+        worker.terminate()
+    for worker in workers.values():
+        try:
+            worker.wait(CLOSING_S)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def work(fd: int) -> None:
+    """What a worker does, in a process of its own, as is told on the socket `fd`."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end_once)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    try:
+        with (
+            Connection(fd) as connection,
+            suppress(EOFError, ConnectionError),
+        ):  # who gives the work has ended
+            chosen, modes, guest = connection.recv()
+            for mode in modes:
+                for found in _run_mode(mode, guest, _ask_for(connection, mode, chosen)):
+                    connection.send((mode, found))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _ask_for(connection: Connection, mode: str, chosen: list[Cell]) -> Iterator[tuple[int, Cell]]:
+    connection.send((mode, None))
+    while (at := connection.recv()) is not None:
+        yield at, chosen[at]
+        connection.send((mode, None))
+
+
+def _end_once(*_: object) -> None:
+    """End as with Ctrl-C, and not again while the processes are ended."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _nothing)
+    raise KeyboardInterrupt
+
+
+def _nothing(*_: object) -> None:
+    """A handler, since processes that are started would inherit that a signal is ignored."""
+
+
+# --- the command ---
 
 
 def totals(outcomes: list[Outcome]) -> dict[str, Any]:
@@ -810,19 +981,18 @@ def line(outcome: Outcome) -> str:
 def main() -> int:
     """`python -m tests.handover.fault_matrix`: for a look at some cells; scripts/bench faults measures."""
     parser = argparse.ArgumentParser(prog="fault_matrix")
-    parser.add_argument("only", nargs="?", default="", help="cells with this in their name")
+    parser.add_argument("only", nargs="*", metavar="TEXT", help=ONLY)
     parser.add_argument("--mode", choices=MODES, action="append", help="default: both")
     parser.add_argument("--guest", choices=("sentinel", "ticker"), default="sentinel")
+    parser.add_argument("--jobs", type=int, default=1, help="how many cells at a time (default: 1)")
     arguments = parser.parse_args()
-    chosen = [cell for cell in cells() if arguments.only in str(cell)]
-    outcomes = []
-    for mode in arguments.mode or MODES:
-        outcomes += run_matrix(
-            chosen,
-            mode=mode,
-            guest=arguments.guest,
-            show=lambda outcome: print(line(outcome), flush=True),  # noqa: T201
-        )
+    outcomes = run_matrix(
+        choose(arguments.only),
+        modes=arguments.mode or MODES,
+        guest=arguments.guest,
+        jobs=arguments.jobs,
+        show=lambda outcome: print(line(outcome), flush=True),  # noqa: T201
+    )
     print(totals(outcomes))  # noqa: T201
     return int(any(outcome.problems for outcome in outcomes))
 

@@ -166,7 +166,7 @@ class Stage:
         return ticks.ticks
 
 
-def connect(process: Spawned, monitor: Path) -> QmpClient:
+def connect(process: Spawned, monitor: Path, timeout_s: float = TIMEOUT_S) -> QmpClient:
     """A connection to the monitor of a VMM that has just been started."""
 
     def look() -> QmpClient | None:
@@ -176,7 +176,7 @@ def connect(process: Spawned, monitor: Path) -> QmpClient:
             assert process.popen.poll() is None, f"{process} has ended{process.output()}"
             return None
 
-    return wait_for(f"an answer at {monitor}", look)
+    return wait_for(f"an answer at {monitor}", look, timeout_s)
 
 
 def open_fds(pid: int) -> list[str]:

@@ -8,7 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.handover.fault_matrix import KINDS, NEW, NOBODY, OLD, PROBLEMS, STEPS, Cell, Matrix, Outcome, cells
+from tests.handover import fault_matrix
+from tests.handover.fault_matrix import (
+    KINDS,
+    MODES,
+    NEW,
+    NOBODY,
+    OLD,
+    PROBLEMS,
+    STEPS,
+    Cell,
+    Matrix,
+    Outcome,
+    cells,
+    choose,
+)
 from tests.processes import ROOT, Spawn
 from vmm.cpr import faults
 from vmm.errors import UsageError
@@ -129,3 +143,80 @@ assert "vmm.cpr.faults" not in sys.modules
 """
     python = spawn(sys.executable, "-c", code, cwd=ROOT)
     assert python.wait() == 0, python.output()
+
+
+# --- which cells, and several at a time ---
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (["incoming:send_prepared:stop"], ["incoming:send_prepared:stop"]),  # and not what it leads to
+        (["outgoing:ask_token:kill"], ["outgoing:ask_token:kill (incoming:receive_commit:stop)"]),
+        (["incoming:load:fail paused"], ["incoming:load:fail paused"]),
+        (["incoming:load:fail"], ["incoming:load:fail", "incoming:load:fail paused"]),
+        (["after-load:kill", "outgoing:offer:kill"], ["outgoing:offer:kill", "incoming:after-load:kill"]),
+    ],
+)
+def test_cells_are_chosen_by_their_own_fault(texts: list[str], names: list[str]) -> None:
+    assert [str(cell) for cell in choose(texts)] == names
+
+
+def test_all_cells_the_paused_ones_and_none() -> None:
+    assert choose([]) == cells()
+    assert {cell.paused for cell in choose(["paused"])} == {True}
+    with pytest.raises(UsageError, match="--only explode: there is no such cell"):
+        choose(["offer", "explode"])
+
+
+INSTEAD_OF_VMMS = """
+import os, sys, time
+from tests.handover import fault_matrix
+
+def run_mode(mode, guest, places):
+    for at, cell in places:
+        time.sleep(0.02 * (at % 3))
+        {then}
+        yield at, fault_matrix.Outcome(cell, mode, who=guest, old=str(os.getpid()))
+
+fault_matrix._run_mode = run_mode
+fault_matrix.work(int(sys.argv[1]))
+"""
+
+
+def test_outcomes_of_several_workers_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fault_matrix, "WORKER", INSTEAD_OF_VMMS.format(then="pass"))
+    chosen, shown = cells()[:40], []
+    outcomes = fault_matrix.run_matrix(chosen, guest="x", jobs=3, show=shown.append)
+    assert [(outcome.mode, outcome.cell) for outcome in outcomes] == [
+        (mode, cell) for mode in MODES for cell in chosen
+    ]
+    assert sorted(map(id, shown)) == sorted(map(id, outcomes))
+    assert {outcome.who for outcome in outcomes} == {"x"}
+    assert 1 < len({outcome.old for outcome in outcomes}) <= 3
+
+
+@pytest.mark.parametrize(("then", "status"), [("os._exit(7)", 7), ("os.kill(os.getpid(), 15)", 130)])
+def test_a_worker_that_ends_is_no_outcome(monkeypatch: pytest.MonkeyPatch, then: str, status: int) -> None:
+    """The others are ended, too."""
+    then = f"at == 9 and {then}"
+    monkeypatch.setattr(fault_matrix, "WORKER", INSTEAD_OF_VMMS.format(then=then))
+    with pytest.raises(RuntimeError, match=f"a worker ended with {status}"):
+        fault_matrix.run_matrix(cells()[:40], jobs=3, show=lambda outcome: None)
+
+
+def test_workers_end_with_who_has_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(outcome: Outcome) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fault_matrix, "WORKER", INSTEAD_OF_VMMS.format(then="at > 5 and time.sleep(60)"))
+    with pytest.raises(KeyboardInterrupt):
+        fault_matrix.run_matrix(cells()[:40], jobs=3, show=stop)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+def test_two_at_a_time(kvm_device: Path) -> None:
+    chosen = choose(["outgoing:send_state:kill", "incoming:load:fail"])
+    outcomes = fault_matrix.run_matrix(chosen, modes=["adopt"], jobs=2, show=lambda outcome: None)
+    assert [(outcome.cell, outcome.problems) for outcome in outcomes] == [(cell, []) for cell in chosen]

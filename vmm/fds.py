@@ -232,15 +232,21 @@ class FdStore:
     def get_or_open(self, name: str, index: int, opener: Callable[[], int]) -> int:
         """The fd of that name; where there is none, `opener()`'s, from then on under that name."""
         fd = self.find(name, index)
-        return self.add(name, index, opener()) if fd is None else fd
+        if fd is None:
+            fd = opener()
+            try:
+                self.add(name, index, fd)
+            except BaseException:
+                os.close(fd)
+                raise
+        return fd
 
     def take(self, name: str, index: int = 0) -> int | None:
         """Give up ownership of that fd without closing it; None where there is none."""
         self._unasked.discard((name, index))
-        fd = self._fds.pop((name, index), None)
-        if fd is not None and self.vault is not None:
-            self.vault.drop(name, index)
-        return fd
+        if (name, index) in self._fds and self.vault is not None:
+            self.vault.drop(name, index)  # where that fails it is still here, and closed with the others
+        return self._fds.pop((name, index), None)
 
     def remove(self, name: str, index: int = 0) -> None:
         """Close that fd and forget it; nothing happens where there is none."""

@@ -447,7 +447,8 @@ def test_a_table_that_is_none(errno_: int) -> None:
         hello = keeper.HELLO.pack(keeper.PROTOCOL, os.getpid(), 1)
         socket.send_fds(theirs, [keeper.REPLY.pack(0, 0, 0) + hello], [pidfd])
         row = keeper.NAME.pack(b"\xff" * 32, 0, 1)
-        socket.send_fds(theirs, [keeper.REPLY.pack(2, errno_, 0) + row], [pidfd, pidfd])
+        answer = keeper.REPLY.pack(-1, errno_, 0) if errno_ else keeper.REPLY.pack(2, 0, 0) + row
+        socket.send_fds(theirs, [answer], [] if errno_ else [pidfd, pidfd])
         os.close(pidfd)
         port = KeeperPort(ours)
         with pytest.raises(PeerError, match="a table that is none" if not errno_ else "refuses to say"):

@@ -242,3 +242,25 @@ def test_what_was_received_and_not_asked_for(fds: FdStore) -> None:
     assert fds.unasked() == [("ram", 1), ("serial", 5)]
     fds.remove("serial", 5)
     assert fds.unasked() == [("ram", 1)]
+
+
+class Unwilling:
+    """A vault whose process has ended."""
+
+    def store(self, name: str, index: int, fd: int) -> None:
+        raise PeerError(f"{name}/{index} is not held")
+
+    def drop(self, name: str, index: int) -> None:
+        raise PeerError(f"{name}/{index} is not dropped")
+
+
+def test_a_vault_that_fails_costs_no_fd(fds: FdStore) -> None:
+    fd = fds.add("token", 0, plain_memfd())
+    fds.vault = Unwilling()
+    with pytest.raises(PeerError, match="state/0 is not held"):
+        fds.get_or_open("state", 0, plain_memfd)
+    for part_with in (fds.take, fds.remove):
+        with pytest.raises(PeerError, match="token/0 is not dropped"):
+            part_with("token")
+    assert fds.get("token") == fd
+    assert is_open(fd)

@@ -3,14 +3,19 @@
 KVM_RUN needs no message: a vCPU's slot in shared memory and two eventfds do it (see `keeper`). Everything
 else is one request and one reply on a socket, one at a time. This module must never decide what an exit
 means, and holds no state that a VMM which comes after a crash would need.
+
+A keeper may be an older one, or one that has been taken over. An answer of a shape that its question does not
+have, and an fd that is not what was asked for, is a PeerError; nothing is asked of that keeper any more.
 """
 
 from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import mmap
 import os
+import re
 import select
 import socket
 import struct
@@ -37,10 +42,31 @@ UNREACHABLE_S = 0.001  # how long a keeper waits for a VMM where none could ever
 NAP_S = 0.01
 SPIN_NS = 20_000
 NO_FD = -1
+NUMBER_SIZE, WORD_SIZE = 4, 8  # of an fd's number, and of an attribute, in an answer
+MAX_ERRNO = 4095  # linux/err.h
+MAX_FD = (1 << 31) - 1
+MAX_WORD = (1 << 64) - 1
+
+# What /proc/self/fd says of what KVM and the keeper make, and this process maps, reads or writes
+_ANON = "anon_inode:"
+KINDS = {
+    "vm": re.compile(_ANON + "kvm-vm"),
+    "vcpu": re.compile(_ANON + r"kvm-vcpu(:\d+)?"),
+    "guest-memfd": re.compile(_ANON + r"\[kvm-gmem\]|/\[kvm-gmem\] \(deleted\)"),  # the latter from 6.19 on
+    "kvm-slots": re.compile(r"/memfd:.*"),
+    "kvm-go": re.compile(_ANON + r"\[eventfd\]"),
+    "kvm-done": re.compile(_ANON + r"\[eventfd\]"),
+}
 
 KEEPER_NAME, SLOTS_NAME, GO_NAME, DONE_NAME = "keeper", "kvm-slots", "kvm-go", "kvm-done"
 GUEST_MEMFD_NAME = "guest-memfd"  # given to what KVM_CREATE_GUEST_MEMFD makes, in its order
 ADMITTED_NAME = "admitted"  # what has no other name; of no use to the next VMM
+# What is made by these is mapped, or owned by a VM
+CREATED = {
+    abi.KVM_CREATE_VM: "vm",
+    abi.KVM_CREATE_VCPU: "vcpu",
+    abi.KVM_CREATE_GUEST_MEMFD: GUEST_MEMFD_NAME,
+}
 # All that a keeper ever issues, the most frequent one first
 ISSUED = (
     keeper.KVM_RUN,
@@ -86,7 +112,7 @@ class _Runner:
         """
         called, returned, result = (self.words[at] for at in (keeper.CALLED, keeper.RETURNED, keeper.RESULT))
         if called == returned and (returned == self.given or (unheard and result in KICKED)):
-            self.words[keeper.CALLED] = called + 1
+            self.words[keeper.CALLED] = (called + 1) & MAX_WORD
             os.eventfd_write(self.go, 1)
 
 
@@ -122,8 +148,8 @@ class KeeperPort:
             raise
 
     def _greet(self) -> None:
-        _, payload, fds = self._do(keeper.OP_HELLO, "say who it is")
-        if len(fds) != 1 or len(payload) != keeper.HELLO.size:
+        _, payload, fds = self._do(keeper.OP_HELLO, "say who it is", more=True)
+        if len(fds) != 1 or len(payload) != keeper.HELLO.size or not _is_pidfd(fds[0]):
             _close_all(fds)
             raise PeerError("what answers is no keeper")
         (self._life,) = fds
@@ -173,6 +199,8 @@ class KeeperPort:
             raise HostError(f"the keeper process does not start: {error}") from error
         port._is_child = True
         try:
+            if port.pid != process.pid or not _is_pidfd(port.lifeline, of_child=True):
+                raise HostError(f"the keeper process {process.pid} does not say who it is")
             port.attach()
         except BaseException:
             port.close()
@@ -206,12 +234,20 @@ class KeeperPort:
         ]
         if missing:
             raise PeerError(f"the keeper, process {self.pid}, does not have {', '.join(missing)}")
+        own: list[tuple[str, int]] = [(SLOTS_NAME, 0)]
+        vcpus = {index: fd for (name, index), fd in fds.items() if name == "vcpu"}
+        for index in vcpus:
+            own += [(GO_NAME, index), (DONE_NAME, index)]
+        slotted = {key for key in fds if key[0] in self.OWN_NAMES}
+        if slotted != set(own) or any(index >= keeper.SLOTS for index in vcpus):
+            raise self._senseless(f"other slots than those of vCPUs {sorted(vcpus)}")
+        for name, index in own:
+            self._check(name, index, fds[name, index])
+        self._map_slots(fds[SLOTS_NAME, 0])
         self._numbers = {fd: known[key] for key, fd in fds.items() if key in known}
         self._names = {key: fds.get(key, NO_FD) for key in known}
-        self._map_slots(fds[SLOTS_NAME, 0])
-        for (name, index), fd in fds.items():
-            if name == "vcpu":
-                self._add_runner(fd, index, fds[GO_NAME, index], fds[DONE_NAME, index])
+        for index, fd in vcpus.items():
+            self._add_runner(fd, index, fds[GO_NAME, index], fds[DONE_NAME, index])
 
     # --- one message ---
 
@@ -223,7 +259,15 @@ class KeeperPort:
         arguments: Iterable[int] = (),
         payload: bytes = b"",
         fds: Iterable[int] = (),
+        *,
+        size: int = 0,
+        refusal: int = 0,
+        made: int = 0,
+        more: bool = False,
     ) -> tuple[int, int, bytes, list[int]]:
+        """Result, errno, payload and fds of the answer. Its payload has `size` bytes, or none or `refusal`
+        where there is an errno; it brings `made` fds. With `more` the caller looks at both. Raises PeerError.
+        """
         words = [*arguments, 0, 0, 0, 0][:4]
         data = keeper.REQUEST.pack(op, fd, request, *words) + payload
         rights = array.array("i", fds)
@@ -234,7 +278,7 @@ class KeeperPort:
                 if self._broken is not None:
                     raise PeerError(self._broken)
                 self._sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
-                answer, extra, _, _ = self._sock.recvmsg(
+                answer, extra, flags, _ = self._sock.recvmsg(
                     keeper.REPLY.size + keeper.PAYLOAD_MAX,
                     socket.CMSG_SPACE(4 * 253),
                     socket.MSG_CMSG_CLOEXEC,
@@ -246,17 +290,42 @@ class KeeperPort:
         for level, kind, content in extra:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 received.frombytes(content[: len(content) - len(content) % 4])
-        if len(answer) < keeper.REPLY.size:
+        if not answer:
             _close_all(received)
             self._broken = f"the keeper, process {self.pid}, has ended"
             raise PeerError(self._broken)
+        if len(answer) < keeper.REPLY.size or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            _close_all(received)
+            raise self._senseless("a message that is not whole")
         result, number, _ = keeper.REPLY.unpack_from(answer)
-        return result, number, answer[keeper.REPLY.size :], list(received)
+        content = answer[keeper.REPLY.size :]
+        sizes, count = ((0, refusal), 0) if number else ((size,), made)
+        fits = (more and not number) or (len(content) in sizes and len(received) == count)
+        if not fits or not 0 <= number <= MAX_ERRNO or (result < 0) != (number != 0):
+            _close_all(received)
+            raise self._senseless(
+                f"result {result}, errno {number}, {len(content)} bytes, {len(received)} fds to message {op}"
+            )
+        return result, number, content, list(received)
+
+    def _senseless(self, what: str) -> PeerError:
+        """The error for an answer that no keeper gives. What comes after it would make no sense either."""
+        self._broken = f"the keeper, process {self.pid}, answers what makes no sense: {what}"
+        return PeerError(self._broken)
+
+    def _check(self, name: str, index: int, fd: int) -> None:
+        """That an fd of the keeper's is what was asked for, before this process maps it or waits for it.
+        Raises PeerError.
+        """
+        target = os.readlink(f"/proc/self/fd/{fd}")
+        if not KINDS[name].fullmatch(target):
+            raise self._senseless(f"{name}/{index} is {target!a}")
+        if name == SLOTS_NAME and not _is_fixed(fd, keeper.SLOTS_SIZE):
+            raise self._senseless(f"{name}/{index} is not sealed, or has another size")
 
     def _do(self, op: int, what: str, **arguments: Any) -> tuple[int, bytes, list[int]]:
         result, number, payload, fds = self._ask(op, **arguments)
         if number:
-            _close_all(fds)
             raise PeerError(f"the keeper, process {self.pid}, refuses to {what}: {os.strerror(number)}")
         return result, payload, fds
 
@@ -264,6 +333,13 @@ class KeeperPort:
         number = self._numbers.get(fd)
         if number is None:
             raise PeerError(f"the keeper, process {self.pid}, does not have fd {fd}")
+        return number
+
+    def _new_number(self, payload: bytes) -> int:
+        """One of the keeper's fds, as it names them. Raises PeerError."""
+        number = int.from_bytes(payload, sys.byteorder)
+        if number > MAX_FD:
+            raise self._senseless(f"{number} for an fd")
         return number
 
     # --- attaching, and the fds that the keeper holds ---
@@ -280,7 +356,7 @@ class KeeperPort:
         self._attached = True
         for runner in self._runners.values():
             runner.leaving = False
-            os.eventfd_write(runner.go, 1)  # who was here before may have died before it came to that
+            _wake(runner.go)  # who was here before may have died before it came to that
 
     def detach(self) -> None:
         """Be it no more. The guest runs on; its exits wait."""
@@ -349,7 +425,7 @@ class KeeperPort:
         """See `Port.lost`."""
         self._broken = f"the keeper, process {self.pid}, has ended"
         for runner in self._runners.values():
-            os.eventfd_write(runner.done, 1)
+            _wake(runner.done)
 
     def close(self, *, for_good: bool = False) -> None:
         """Close the connection, which the keeper takes as a detach, or end the keeper, and the guest with
@@ -365,6 +441,7 @@ class KeeperPort:
                     raise  # it lives
         self._broken = self._broken or "the connection to the keeper is closed"
         self._runners.clear()
+        self._words = None  # unmapped once no thread is in `run` any more
         fds = [self._life, self._slots_fd, *(fd for pair in self._events.values() for fd in pair)]
         self._events.clear()
         self._life = self._slots_fd = -1
@@ -389,14 +466,18 @@ class KeeperPort:
         if self._names.get((name, index)) == fd:
             return
         payload = keeper.NAME.pack(name.encode(), index, 0)
-        _, payload, _ = self._do(keeper.OP_STORE, f"hold {name}/{index}", payload=payload, fds=[fd])
-        self._numbers[fd] = int.from_bytes(payload, sys.byteorder)
+        _, payload, _ = self._do(
+            keeper.OP_STORE, f"hold {name}/{index}", payload=payload, fds=[fd], size=NUMBER_SIZE
+        )
+        self._numbers[fd] = self._new_number(payload)
         self._names[name, index] = fd
 
     def _name(self, name: str, index: int, fd: int) -> None:
         """Give a name to what the keeper has made."""
         payload = keeper.NAME.pack(name.encode(), index, 0)
-        self._do(keeper.OP_STORE, f"name {name}/{index}", fd=self._number(fd), payload=payload)
+        self._do(
+            keeper.OP_STORE, f"name {name}/{index}", fd=self._number(fd), payload=payload, size=NUMBER_SIZE
+        )
         self._names[name, index] = fd
 
     def drop(self, name: str, index: int) -> None:
@@ -405,21 +486,32 @@ class KeeperPort:
         self._numbers.pop(self._names.pop((name, index)), None)  # the next fd opened may have that number
 
     def table(self) -> list[HeldFd]:
-        """Everything the keeper holds under a name, with new copies of the fds for this process."""
-        rows: list[HeldFd] = []
+        """Everything the keeper holds under a name, with new copies of the fds for this process. Each name is
+        there once. Raises PeerError.
+        """
+        rows: dict[tuple[str, int], HeldFd] = {}
         opened: list[int] = []
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S  # for all of it
         try:
             while True:
-                total, payload, fds = self._do(keeper.OP_TABLE, "say what it holds", arguments=[len(rows)])
+                total, payload, fds = self._do(
+                    keeper.OP_TABLE, "say what it holds", arguments=[len(rows)], more=True
+                )
                 opened += fds
-                for (name, index, number), fd in zip(keeper.NAME.iter_unpack(payload), fds, strict=True):
-                    rows.append(HeldFd(name.rstrip(b"\0").decode(), index, number, fd))
-                if len(rows) >= total or not fds:
-                    return rows
+                for (raw, index, number), fd in zip(keeper.NAME.iter_unpack(payload), fds, strict=True):
+                    name = raw.rstrip(b"\0").decode("ascii")
+                    if number > MAX_FD or not name.isprintable() or (name, index) in rows:
+                        raise ValueError
+                    rows[name, index] = HeldFd(name, index, number, fd)
+                if len(rows) >= total:
+                    return list(rows.values())
+                if not fds or total > keeper.FDS_MAX or time.monotonic() > deadline:
+                    raise ValueError
         except BaseException as error:
             _close_all(opened)
             if isinstance(error, (ValueError, struct.error)):
-                raise PeerError(f"the keeper, process {self.pid}, sends a table that is none") from error
+                self._broken = f"the keeper, process {self.pid}, sends a table that is none"
+                raise PeerError(self._broken) from error
             raise
 
     # --- Port ---
@@ -444,25 +536,45 @@ class KeeperPort:
 
     def create(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
         """See `Port.create`; the keeper holds the new fd, and this process a copy."""
-        _, payload, fds = self._ioctl(keeper.OP_CREATE, fd, request, arg)
-        self._numbers[fds[0]] = int.from_bytes(payload, sys.byteorder)
-        if request is abi.KVM_CREATE_VM:
-            self._name("vm", 0, fds[0])
-        elif request is abi.KVM_CREATE_GUEST_MEMFD:
-            self._name(GUEST_MEMFD_NAME, self._free(GUEST_MEMFD_NAME), fds[0])
-        return fds[0]
+        _, payload, (made,) = self._ioctl(keeper.OP_CREATE, fd, request, arg, size=NUMBER_SIZE, made=1)
+        try:
+            if request in CREATED:
+                self._check(CREATED[request], 0, made)
+            self._numbers[made] = self._new_number(payload)
+            if request is abi.KVM_CREATE_VM:
+                self._name("vm", 0, made)
+            elif request is abi.KVM_CREATE_GUEST_MEMFD:
+                self._name(GUEST_MEMFD_NAME, self._free(GUEST_MEMFD_NAME), made)
+        except BaseException:
+            self._numbers.pop(made, None)
+            os.close(made)
+            raise
+        return made
 
     def _free(self, name: str) -> int:
         return next(index for index in count() if (name, index) not in self._names)
 
-    def _ioctl(self, op: int, fd: int, request: Ioctl, arg: Argument) -> tuple[int, bytes, list[int]]:
+    def _ioctl(
+        self, op: int, fd: int, request: Ioctl, arg: Argument, *, size: int | None = None, made: int = 0
+    ) -> tuple[int, bytes, list[int]]:
+        """`size`: of the payload that a good answer has, where that is not what the kernel has written."""
         if isinstance(arg, int):
-            result, number, payload, fds = self._ask(op, self._number(fd), request.number, [arg % (1 << 64)])
+            result, number, payload, fds = self._ask(
+                op, self._number(fd), request.number, [arg % (1 << 64)], size=size or 0, made=made
+            )
         else:
             sent = self._with_keepers_fds(request, arg)
-            result, number, payload, fds = self._ask(op, self._number(fd), request.number, payload=sent)
+            result, number, payload, fds = self._ask(
+                op,
+                self._number(fd),
+                request.number,
+                payload=sent,
+                size=len(sent) if size is None else size,
+                refusal=len(sent),
+                made=made,
+            )
             if payload and op == keeper.OP_IOCTL and not request.fds:
-                memoryview(arg).cast("B")[: len(payload)] = payload
+                memoryview(arg).cast("B")[:] = payload
         if number:
             raise ioctl_error(number, request)
         return result, payload, fds
@@ -479,7 +591,7 @@ class KeeperPort:
 
     def _attribute(self, fd: int, request: Ioctl, group: int, attr: int, value: int) -> int:
         _, number, payload, _ = self._ask(
-            keeper.OP_ATTRIBUTE, self._number(fd), request.number, [group, attr, value]
+            keeper.OP_ATTRIBUTE, self._number(fd), request.number, [group, attr, value], size=WORD_SIZE
         )
         if number:
             raise ioctl_error(number, request)
@@ -528,7 +640,9 @@ class KeeperPort:
     def get_dirty_log(self, vm_fd: int, slot: int, bitmap: Bitmap) -> None:
         """See `Port.get_dirty_log`."""
         view = memoryview(bitmap).cast("B")
-        _, number, payload, _ = self._ask(keeper.OP_DIRTY_LOG, self._number(vm_fd), 0, [slot, view.nbytes])
+        _, number, payload, _ = self._ask(
+            keeper.OP_DIRTY_LOG, self._number(vm_fd), 0, [slot, view.nbytes], size=view.nbytes
+        )
         if number:
             raise ioctl_error(number, abi.KVM_GET_DIRTY_LOG)
         view[:] = payload
@@ -539,8 +653,15 @@ class KeeperPort:
         """See `Port.start_vcpu`: the keeper starts the thread, which waits for the first `run`."""
         self._name("vcpu", index, vcpu_fd)
         _, _, (go, done) = self._do(
-            keeper.OP_VCPU, f"run vCPU {index}", fd=self._number(vcpu_fd), arguments=[index]
+            keeper.OP_VCPU, f"run vCPU {index}", fd=self._number(vcpu_fd), arguments=[index], made=2
         )
+        try:
+            self._check(GO_NAME, index, go)
+            self._check(DONE_NAME, index, done)
+            self._slots()
+        except BaseException:
+            _close_all((go, done))
+            raise
         self._add_runner(vcpu_fd, index, go, done)
 
     def _add_runner(self, vcpu_fd: int, index: int, go: int, done: int) -> None:
@@ -561,18 +682,24 @@ class KeeperPort:
 
     def _slots(self) -> memoryview:
         if self._words is None:
-            for row in self.table():
-                if row.name == SLOTS_NAME:
-                    self._map_slots(row.fd)
-                else:
-                    os.close(row.fd)
-        if self._words is None:
-            raise PeerError(f"the keeper, process {self.pid}, has no slots")
+            rows = {(row.name, row.id): row.fd for row in self.table()}
+            fd = rows.pop((SLOTS_NAME, 0), NO_FD)
+            _close_all(rows.values())
+            if fd == NO_FD:
+                raise PeerError(f"the keeper, process {self.pid}, has no slots")
+            try:
+                self._check(SLOTS_NAME, 0, fd)
+                self._map_slots(fd)
+            except BaseException:
+                os.close(fd)
+                raise
+        assert self._words is not None
         return self._words
 
     def _map_slots(self, fd: int) -> None:
-        self._slots_fd = fd
+        """Own the slots' memfd, which has been checked."""
         self._words = memoryview(mmap.mmap(fd, keeper.SLOTS_SIZE)).cast("Q")
+        self._slots_fd = fd
 
     def run(self, vcpu_fd: int) -> bool:
         """See `Port.run`. What came while nobody was here is returned first."""
@@ -585,13 +712,18 @@ class KeeperPort:
                 return False
             if self._broken is not None:
                 raise PeerError(self._broken)
-            os.eventfd_read(runner.done)
+            try:
+                os.eventfd_read(runner.done)
+            except BlockingIOError as error:
+                raise self._senseless("an eventfd that does not wait") from error
         runner.given = words[keeper.RETURNED]
         result = words[keeper.RESULT]
         if result == 0:
             return True
         if result in KICKED:
             return False
+        if result > MAX_ERRNO:
+            raise self._senseless(f"errno {result} of KVM_RUN")
         raise ioctl_error(result, abi.KVM_RUN)
 
     def kick(self, vcpu_fd: int) -> None:
@@ -603,7 +735,7 @@ class KeeperPort:
         """See `Port.leave`."""
         runner = self._runners[vcpu_fd]
         runner.leaving = True
-        os.eventfd_write(runner.done, 1)
+        _wake(runner.done)
 
     def go_on(self, vcpu_fd: int) -> None:
         """See `Port.go_on`."""
@@ -618,9 +750,37 @@ class KeeperPort:
     def waiting_ns(self, vcpu_fd: int) -> int | None:
         """See `Port.waiting_ns`."""
         runner = self._runners[vcpu_fd]
-        return time.monotonic_ns() - runner.words[keeper.SINCE] if runner.exit else None
+        return max(time.monotonic_ns() - runner.words[keeper.SINCE], 0) if runner.exit else None
 
 
 def _close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def _is_pidfd(fd: int, *, of_child: bool = False) -> bool:
+    """Whether it is a pidfd, of this process's child if that is asked."""
+    try:
+        os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return not of_child
+    except OSError:
+        return False
+    return True
+
+
+def _is_fixed(fd: int, size: int) -> bool:
+    """Whether it is a memfd of that size for ever: a page that is taken away would be a SIGBUS."""
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & seals == seals and os.fstat(fd).st_size == size
+    except OSError:
+        return False  # no memfd
+
+
+def _wake(eventfd: int) -> None:
+    """Make an eventfd readable. One that counts no further is, and a write to it would wait."""
+    poll = select.poll()
+    poll.register(eventfd, select.POLLOUT)
+    if poll.poll(0):
+        os.eventfd_write(eventfd, 1)

@@ -17,6 +17,7 @@ from vmm.kvm.vm import Vm
 
 _FIRST_CPUID_COUNT: Final = 128
 _MAX_CPUID_COUNT: Final = 4096  # KVM itself stops at 256 (KVM_MAX_CPUID_ENTRIES)
+_MAX_MSR_COUNT: Final = 4096  # KVM has some 500 (msrs_to_save_all, arch/x86/kvm/x86.c)
 
 _LOAD: Final = "run `modprobe kvm_intel` or `modprobe kvm_amd`"
 _OPEN_FAILURES: Final = {
@@ -104,6 +105,8 @@ class System:
         except IoctlError as error:
             if error.errno != errno.E2BIG:
                 raise
+        if count.nmsrs > _MAX_MSR_COUNT:  # it need not be the kernel that has said so
+            raise HostError(f"{request.name} counts {count.nmsrs} MSRs, where {_MAX_MSR_COUNT} are too many")
         indices = sized(abi.kvm_msr_list, count.nmsrs)(nmsrs=count.nmsrs)
         self.port.ioctl(self.fd, request, indices)
         return tuple(indices.indices[: indices.nmsrs])
@@ -115,9 +118,11 @@ class System:
     def close(self) -> None:
         """Idempotent. VMs already created are not affected."""
         if self.fd >= 0:
-            self.port.forget(self.fd)
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            try:
+                self.port.forget(fd)
+            finally:
+                os.close(fd)
 
     def __enter__(self) -> Self:
         return self

@@ -116,7 +116,12 @@ class Vm:
     def create_vcpu(self, index: int) -> Vcpu:
         """KVM_CREATE_VCPU; `index` is its APIC id. With an in-kernel irqchip, all but 0 wait for SIPI."""
         fd = self.port.create(self.fd, abi.KVM_CREATE_VCPU, index)
-        self.port.start_vcpu(fd, index)
+        try:
+            self.port.start_vcpu(fd, index)
+        except BaseException:
+            self.port.forget(fd)
+            os.close(fd)
+            raise
         return Vcpu(fd, index, self.port, self.mmap_size)
 
     # --- chips and interrupts ---

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-NAMES = ("elf", "config", "qmp", "cpr", "arena", "keeper", "serial", "chardev", "guest")
+NAMES = ("elf", "config", "qmp", "cpr", "arena", "keeper", "replies", "serial", "chardev", "guest")
 CORPUS = Path(__file__).parents[1] / "corpus"
 LONGEST = 4096
 

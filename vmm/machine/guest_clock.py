@@ -29,7 +29,7 @@ SECOND_NS: Final = 1_000_000_000
 OVER_NOTHING, OVER_TSC, OVER_BASE = 0, 1, 2  # what the line is over; nothing: the clock was never asked for
 NEAR_NS: Final = {OVER_TSC: 8, OVER_BASE: 1_000}  # as near as is tried for at first
 SAME_NS: Final = {OVER_TSC: 1_000, OVER_BASE: 10_000}  # a clock nearer than this has not left its line
-TRIES: Final = 112
+TRIES: Final = 160
 TRIES_BEFORE_LESS: Final = 16  # then twice as far is near enough
 BRACKETS: Final = 5
 

@@ -107,7 +107,9 @@ class Stage:
     def turn(self) -> bool:
         """The keeper serves who has something for it."""
         for fd, _ in self.keeper._poll.poll(0):
-            if fd in self.keeper._clients and not self.keeper._serve_one(self.keeper._clients[fd]):
+            if fd in self.keeper._clients:
+                self.keeper._serve_one(self.keeper._clients[fd])
+            if self.keeper._over:
                 return False
         return True
 

@@ -40,9 +40,11 @@ from typing import Any
 
 from tests.handover import stage
 from tests.handover.stage import connect
+from tests.kvm.keeping import await_end
 from tests.processes import PR_SET_PDEATHSIG, ROOT, Spawn, Spawned
 from vmm.errors import PeerError, UsageError
-from vmm.machine.ports import end_keeper
+from vmm.kvm.keeper_port import KeeperPort
+from vmm.machine.ports import end_stale_keeper
 from vmm.qmp.backend import QmpError
 from vmm.qmp.client import QmpClient
 from vmm.report.results import CPU_SIZE, HEADER_SIZE, GuestState, Results, ResultsError, parse_results
@@ -398,6 +400,17 @@ def _within(seconds: float, look: Callable[[], bool]) -> bool:
     return True
 
 
+def _end_keeper(path: Path) -> None:
+    """End the keeper that listens at `path`, and wait until it has. Raises PeerError where it has a VMM."""
+    port = KeeperPort.connect(str(path))
+    life = os.dup(port.lifeline)
+    try:
+        end_stale_keeper(port)
+        await_end(life)
+    finally:
+        os.close(life)
+
+
 class Vmm:
     """One VMM process, which may die or stop at any moment."""
 
@@ -545,10 +558,8 @@ class Matrix:
         self._vmms = [vmm for vmm in self._vmms if vmm is self._current]
         for path in self._folder.glob("vmm/*/keeper-*.sock"):
             if self._current is None or path.parent.name != self._name:
-                try:
-                    end_keeper(str(path))
-                except PeerError:
-                    continue  # it is ending, or has ended
+                with suppress(PeerError):  # it is ending, or has ended
+                    _end_keeper(path)
 
     def _start(self, *arguments: str, faults: str = "") -> Vmm:
         self._count += 1

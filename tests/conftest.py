@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.host import no_kvm
 from tests.patience import PATIENCE, at_most
@@ -22,6 +23,8 @@ SPAWN = pytest.StashKey[Spawn]()
 
 def pytest_configure() -> None:
     become_subreaper()
+    settings.register_profile("vmm", deadline=None)  # on a busy machine any example may take long
+    settings.load_profile("vmm")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

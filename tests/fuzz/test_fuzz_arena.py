@@ -54,7 +54,7 @@ PATCHES = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(patches=PATCHES, signed=st.booleans())
 @example(patches=[(USED_AT, b"\xff\xff\xff\xff")], signed=True)
 @example(patches=[(USED_AT, b"\x00\x10\x00\x00")], signed=True)
@@ -98,7 +98,7 @@ def check(state: int, *, unchanged: bool, signed: bool) -> None:
     assert list(again) == list(arena)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(content=st.binary(max_size=4 * ENTRY))
 def test_arbitrary_bytes_are_refused(content: bytes) -> None:
     fds = FdStore()

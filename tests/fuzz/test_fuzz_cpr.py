@@ -286,7 +286,7 @@ def check(
     return here, there
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(TAMPERINGS, max_size=3))
 def test_whatever_the_wire_does_the_guest_is_in_one_place(tamperings: list[Tampering]) -> None:
     check(tamperings)

@@ -178,12 +178,10 @@ class PoliteGuests(_Uart):
 
 TestGuests = Guests.TestCase
 TestPoliteGuests = PoliteGuests.TestCase
-TestGuests.settings = TestPoliteGuests.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+TestGuests.settings = TestPoliteGuests.settings = settings(max_examples=60, stateful_step_count=40)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(content=st.binary(min_size=ctypes.sizeof(SerialState), max_size=ctypes.sizeof(SerialState)))
 def test_a_received_state_is_refused_or_works(content: bytes) -> None:
     fds = FdStore()

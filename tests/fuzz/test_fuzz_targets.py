@@ -27,7 +27,7 @@ def test_seeds_and_past_findings(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", NAMES)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_changed_inputs(target: str, data: st.DataObject) -> None:
     importlib.import_module(f"tests.fuzz.targets.{target}").one(data.draw(inputs(target)))

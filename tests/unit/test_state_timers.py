@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.kvm import abi
@@ -149,7 +149,6 @@ def test_a_timer_that_does_not_count_is_left_alone(mode: lapic.TimerMode) -> Non
     assert bytes(state) == before
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2**32 - 1), st.integers(1, 2**32 - 1), st.integers(0, 2**40), st.integers(0, 2**40))
 def test_two_steps_are_one(initial: int, current: int, first: int, second: int) -> None:
     """Of a periodic timer: where it is depends on the time alone. (One count is what rounding may cost.)"""

@@ -287,7 +287,7 @@ class Keeper:
                         continue
                     if not self._admit(sock):
                         sock.close()
-                elif fd in self._clients:
+                elif fd in self._clients and not self._over:
                     self._serve_one(self._clients[fd])
 
     def _admit(self, sock: socket.socket) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 import vmm.cli.demo
 import vmm.cli.list
+import vmm.cli.series
 from tests.processes import RUN_VMM
 from vmm.cli import main
 from vmm.cli.series import Ending, Record
@@ -115,3 +116,13 @@ def test_a_demo_s_guest(
     said = capsys.readouterr()
     assert f"ticks: 9, lost: {ending.lost}, errors: {ending.errors}" in said.out
     assert said.err.startswith(sentence)
+
+
+@pytest.mark.parametrize(("timeout_s", "expected"), [(60.0, []), (20.0, []), (600.0, ["stall_ms=100000"])])
+def test_sentinel_is_as_patient_as_its_series(
+    timeout_s: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a VMM takes long to start, so does what waits for one."""
+    monkeypatch.setattr(vmm.cli.series, "executes_avx", lambda: False)
+    series = vmm.cli.series.Series("sentinel", mode="adopt", memory=64 << 20, cpus=1, timeout_s=timeout_s)
+    assert series._append.split() == expected

@@ -41,6 +41,7 @@ from vmm.report.results import (
 from vmm.report.ticks import Ticks
 
 POLL_S = 0.02
+STALL_MS = 10_000  # sentinel's own patience (firmware/README.md)
 SETTLE_S = 0.1  # after a window, for the guest to have noted the gap that it is in
 CONTROL_AFTER_S = (0.05, 0.25)  # the control window begins somewhere in here
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -338,10 +339,17 @@ class Series:
         return time.monotonic() + self.timeout_s
 
     def _options(self) -> str:
-        """The guest's own, and sentinel's checks of vector registers where guests can have them here."""
+        """The guest's own, and sentinel's checks of vector registers where guests can have them here.
+
+        Sentinel waits for what must come as much longer than usual as this side does: from a vCPU whose exit
+        is served once there is a VMM again, say.
+        """
+        options = [self.manners.append]
         if self.guest == "sentinel" and executes_avx():
-            return f"{self.manners.append} fpu=1".lstrip()
-        return self.manners.append
+            options.append("fpu=1")
+        if self.guest == "sentinel" and self.timeout_s > TIMEOUT_S:
+            options.append(f"stall_ms={round(STALL_MS * self.timeout_s / TIMEOUT_S)}")
+        return " ".join(filter(None, options))
 
     def _find_results(self) -> tuple[int, int]:
         """Where the guest keeps its results area: (gpa, bytes to read), once the guest has made it."""

@@ -880,13 +880,12 @@ def _side_by_side(chosen: list[Cell], modes: list[str], guest: str, jobs: int) -
     """
     left = {mode: iter(range(len(chosen))) for mode in modes}
     workers: dict[Connection, subprocess.Popen[bytes]] = {}
-    missing = len(chosen) * len(modes)
     try:
         for _ in range(min(jobs, len(chosen))):
             connection, worker = _start_worker()
             workers[connection] = worker
             connection.send((chosen, modes, guest))
-        while missing:
+        while workers:  # each ends by itself, once there is no cell left and its guest is ended
             for connection in wait(list(workers)):
                 assert isinstance(connection, Connection)
                 try:
@@ -900,7 +899,6 @@ def _side_by_side(chosen: list[Cell], modes: list[str], guest: str, jobs: int) -
                     if worker.wait(CLOSING_S):
                         raise RuntimeError(f"a worker ended with {worker.returncode}, see above") from None
                     continue
-                missing -= 1
                 yield mode, *found
     finally:
         _end_workers(workers)

@@ -406,7 +406,7 @@ def _end_keeper(path: Path) -> None:
     life = os.dup(port.lifeline)
     try:
         end_stale_keeper(port)
-        await_end(life)
+        assert await_end(life), f"the keeper at {path} does not end"
     finally:
         os.close(life)
 

@@ -50,6 +50,7 @@ MEMORY = struct.Struct("=IIQ")  # fds of what is mapped and of a guest_memfd, or
 FDS_MAX = 4096  # fds the keeper will hold, as far as its limit of open files allows
 FDS_SPARE = 64  # of that limit: its own, its clients', and those of one message
 CLIENTS_MAX = 16
+AT_ONCE_S = 0.001  # as an orphan timeout, of which 0 is for ever
 ORPHAN_MAX_MS = 1 << 30  # some 12 days; what a poll can wait for
 FDS_PER_MESSAGE = 250  # below the kernel's SCM_MAX_FD
 # linux/prctl.h, linux/seccomp.h, linux/capability.h, asm/unistd_64.h
@@ -254,7 +255,7 @@ class Keeper:
         self._words = memoryview(mmap.mmap(self._slots_fd, SLOTS_SIZE)).cast("Q")
         self._runners: dict[int, VcpuRunner] = {}
         self._by_fd: dict[int, VcpuRunner] = {}
-        self._orphan_s = 0.001  # until OP_ORPHAN says otherwise, nobody will come
+        self._orphan_s = AT_ONCE_S  # until OP_ORPHAN says otherwise, nobody will come
         self._alone_since = time.monotonic()
         self._over = False
         self._names[b"kvm-slots", 0] = self._slots_fd

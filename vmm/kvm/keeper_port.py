@@ -38,7 +38,6 @@ from vmm.sockets import check_peer
 ANSWER_TIMEOUT_S = 10.0
 ATTACH_TIMEOUT_S = 1.0  # for the kernel to close the connection of a VMM that has just been killed
 ENDING_TIMEOUT_S = 10.0  # from the keeper's last word to its end
-UNREACHABLE_S = 0.001  # how long a keeper waits for a VMM where none could ever find it
 NAP_S = 0.01
 SPIN_NS = 20_000
 NO_FD = -1
@@ -410,7 +409,7 @@ class KeeperPort:
 
     def live_on(self, orphan_timeout_s: float) -> None:
         """See `Port.live_on`. A guest that nobody could find does not wait for anybody."""
-        self.set_orphan_timeout(orphan_timeout_s if self._findable else UNREACHABLE_S)
+        self.set_orphan_timeout(orphan_timeout_s if self._findable else keeper.AT_ONCE_S)
 
     def set_orphan_timeout(self, seconds: float) -> None:
         """How long the keeper, and the guest with it, lives once no VMM is connected; 0: for ever."""

@@ -33,7 +33,6 @@ __all__ = [
 
 KEEPER_PROTOCOL = keeper.PROTOCOL  # what a VMM and a keeper must agree on; none before it is understood
 
-AT_ONCE_S = 0.001
 # Where a received fd must be the file that the keeper has, for the guest's memory and state are in it
 MEMORY = frozenset({"ram", "guest-memfd", "state", "fresh", "token"})
 # What cannot be told apart, and is taken from the keeper, whoever else has sent one of that name
@@ -150,7 +149,7 @@ def retire_keeper(sock: socket.socket) -> None:
     """
     port = KeeperPort(sock)
     try:
-        port.set_orphan_timeout(AT_ONCE_S)
+        port.set_orphan_timeout(keeper.AT_ONCE_S)
     finally:
         port.close()
 

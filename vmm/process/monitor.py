@@ -138,7 +138,7 @@ class Monitor:
 
     def migrate(self, mode: MigrationMode, main: UnixSocket, cpr: UnixSocket) -> None:
         """QMP `migrate`."""
-        self.old_side.migrate(mode, main, cpr)
+        self.old_side.migrate(self._machine(), mode, main, cpr)
 
     def migrate_cancel(self) -> None:
         """QMP `migrate_cancel`: nothing where no handover is under way or its commit has begun."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from vmm.cpr import incoming
 from vmm.cpr.live import Choice, IncomingMachine, LiveIncoming, refusal, run
@@ -19,13 +20,9 @@ from vmm.machine.probe import OLD_VM_FDS, WORKS, drop_old_vm, probe_received_vm
 from vmm.memory.guest import GUEST_MEMFD
 from vmm.process.checks import check_complete, check_keepers_fds, refuse_surplus, surplus
 from vmm.process.faults import faulty
-from vmm.process.guest import Guest
-from vmm.process.loop import Loop
-from vmm.process.migration import Migration
 from vmm.process.options import Options
+from vmm.process.side import Side
 from vmm.qmp.moving import ArrivingClients
-from vmm.qmp.server import QmpServer
-from vmm.trace import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -46,50 +43,33 @@ class _View:
         self._resumed()
 
 
-class NewSide:
+@dataclass
+class NewSide(Side):
     """Receives a guest, once."""
 
-    def __init__(
-        self,
-        options: Options,
-        guest: Guest,
-        migration: Migration,
-        loop: Loop,
-        monitor: QmpServer,
-        tracer: Tracer,
-        *,
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        """`failed` hears of an error of our own."""
-        self._options = options
-        self._guest = guest
-        self._migration = migration
-        self._loop = loop
-        self._monitor = monitor
-        self._tracer = tracer
-        self._failed = failed
-        self._world: LiveIncoming | None = None
-        self._arriving: ArrivingClients | None = None
-        self._retired: socket.socket | None = None  # to the keeper of the VM that the guest has left
+    options: Options
+    _world: LiveIncoming | None = field(default=None, init=False)
+    _arriving: ArrivingClients | None = field(default=None, init=False)
+    _retired: socket.socket | None = field(default=None, init=False)  # to the keeper that the guest has left
 
     def prepare(self) -> None:
         """Start what the guest may need and a confined process cannot start."""
-        if self._options.keeper and self._options.method != "adopt":
-            self._guest.prepare_keeper()
+        if self.options.keeper and self.options.method != "adopt":
+            self.guest.prepare_keeper()
 
     def await_guest(self) -> None:
         """Listen, and leave the rest to a thread."""
-        assert self._options.incoming is not None
+        assert self.options.incoming is not None
         self._world = world = LiveIncoming(
-            cpr_path=self._options.incoming.cpr_path,
-            main_path=self._options.incoming.main_path,
+            cpr_path=self.options.incoming.cpr_path,
+            main_path=self.options.incoming.main_path,
             build=self._build,
-            timeouts=lambda: self._migration.timeouts,
-            tracer=self._tracer,
+            timeouts=lambda: self.migration.timeouts,
+            tracer=self.tracer,
             on_phase=self._on_phase,
         )
-        self._guest.fds = world.fds
-        self._migration.carry(lambda: self._carry_in(world))
+        self.guest.fds = world.fds
+        self.migration.carry(lambda: self._carry_in(world))
 
     def cancel(self, why: str) -> None:
         """Give up, unless the guest is ours already: then it is as good as over."""
@@ -108,28 +88,28 @@ class NewSide:
         try:
             phase = run(incoming.incoming(faulty(world)))
         except BaseException as error:
-            self._failed(error)
+            self.failed(error)
             raise
         finally:
             world.close()
-        self._loop.post(self._received if phase is incoming.Phase.COMPLETED else self._not_received)
+        self.loop.post(self._received if phase is incoming.Phase.COMPLETED else self._not_received)
 
     def _on_phase(self, phase: incoming.Phase, error: str | None) -> None:
         if phase is incoming.Phase.TAKEN:
-            self._guest.take()
+            self.guest.take()
             self._keep_orphan_timeout()
-        self._migration.set_status(incoming.STATUS[phase], error)
+        self.migration.set_status(incoming.STATUS[phase], error)
 
     def _keep_orphan_timeout(self) -> None:
         """That of the VM which the guest leaves holds for a new one as well, where no other is given."""
-        machine = self._guest.machine
+        machine = self.guest.machine
         assert machine is not None
-        if machine.hypervisor.origin is Origin.REBUILT and self._options.orphan_timeout_s:
-            machine.state.orphan_ms = self._options.orphan_ms
+        if machine.hypervisor.origin is Origin.REBUILT and self.options.orphan_timeout_s:
+            machine.state.orphan_ms = self.options.orphan_ms
 
     def _build(self, described: bytes, fds: FdStore, token: RunToken) -> tuple[IncomingMachine, Choice]:
         config = decode(described, "the old VMM's machine")
-        differing = differences(self._options.given, config)
+        differing = differences(self.options.given, config)
         if differing:
             raise refusal(differing)
         check_complete(config, fds)
@@ -140,7 +120,7 @@ class NewSide:
                 f"rebuild ({choice.why}) cannot be: the guest's memory is guest_memfd, which is bound to its "
                 "VM, and no other VM can have it; adopt a VM that has a keeper"
             )
-        guest = self._guest
+        guest = self.guest
         guest.token = token
         if choice.method == "rebuild":
             self._retired = take_keeper(fds)
@@ -154,13 +134,13 @@ class NewSide:
             machine = guest.make(config, adopt_from_keeper(fds), Origin.ADOPTED)
         unused = OLD_VM_FDS if choice.probe == WORKS else frozenset()  # a keeper's, which is not needed then
         refuse_surplus([row for row in surplus(fds) if row[0] not in unused])
-        return _View(machine, lambda: guest.held, lambda: self._loop.post(guest.own)), choice
+        return _View(machine, lambda: guest.held, lambda: self.loop.post(guest.own)), choice
 
     def _choose(self, fds: FdStore) -> Choice:
         """Adopt or rebuild: by what the kernel says, what there is, and what was asked for."""
         probe = probe_received_vm(fds)
         received = fds.find("vm") is not None
-        wanted = self._options.method
+        wanted = self.options.method
         kept = has_keeper(fds)
         if wanted == "rebuild":
             return Choice("rebuild", "asked for", received, probe)
@@ -178,25 +158,25 @@ class NewSide:
     # --- the loop's thread ---
 
     def _received(self) -> None:
-        if self._loop.ending:  # the guest has ended already
+        if self.loop.ending:  # the guest has ended already
             return
-        self._tracer.role = "old"
+        self.tracer.role = "old"
         assert self._arriving is not None
         assert self._world is not None
-        self._arriving.arrive(self._monitor, self._world.clients)
-        self._migration.release_events()
+        self._arriving.arrive(self.monitor, self._world.clients)
+        self.migration.release_events()
         if self._retired is not None:
             retired, self._retired = self._retired, None
             try:
                 retire_keeper(retired)
             except PeerError as error:
                 log.warning("the keeper that the guest was in: %s", error)
-        if self._migration.error is None:
+        if self.migration.error is None:
             log.info("the guest runs here")
         else:
-            log.warning("%s", self._migration.error)
+            log.warning("%s", self.migration.error)
 
     def _not_received(self) -> None:
-        self._migration.release_events()
-        log.error("no guest was taken over: %s", self._migration.error)
-        self._loop.end(HandoverError.exit_code)
+        self.migration.release_events()
+        log.error("no guest was taken over: %s", self.migration.error)
+        self.loop.end(HandoverError.exit_code)

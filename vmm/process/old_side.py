@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from vmm.cpr import outgoing
 from vmm.cpr.live import LiveOutgoing, run
@@ -13,14 +14,10 @@ from vmm.machine.config import encode
 from vmm.machine.machine import Machine
 from vmm.machine.runstate import RunState
 from vmm.process.faults import faulty
-from vmm.process.guest import Guest
-from vmm.process.loop import Loop
-from vmm.process.migration import Migration
+from vmm.process.side import Side
 from vmm.qmp.backend import QmpError
 from vmm.qmp.moving import LeavingClients
 from vmm.qmp.schema import MigrationMode, UnixSocket
-from vmm.qmp.server import QmpServer
-from vmm.trace import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -47,104 +44,83 @@ class _View:
         return encode(self._machine.config)
 
 
-class OldSide:
-    """Hands the guest on, whenever it is asked to."""
+@dataclass
+class OldSide(Side):
+    """Hands the guest on, whenever it is asked to. `leave` ends this process, and not the guest."""
 
-    def __init__(
-        self,
-        guest: Guest,
-        migration: Migration,
-        loop: Loop,
-        monitor: QmpServer,
-        tracer: Tracer,
-        *,
-        failed: Callable[[BaseException], None],
-        leave: Callable[[object, int], None],
-    ) -> None:
-        """`failed` hears of an error of our own, `leave` ends this process and not the guest."""
-        self._guest = guest
-        self._migration = migration
-        self._loop = loop
-        self._monitor = monitor
-        self._tracer = tracer
-        self._failed = failed
-        self._leave = leave
-        self._world: LiveOutgoing | None = None
+    leave: Callable[[object, int], None]
+    _world: LiveOutgoing | None = field(default=None, init=False)
 
-    def migrate(self, mode: MigrationMode, main: UnixSocket, cpr: UnixSocket) -> None:
+    def migrate(self, machine: Machine, mode: MigrationMode, main: UnixSocket, cpr: UnixSocket) -> None:
         """QMP `migrate`: check, connect, and leave the rest to a thread. The mode was decided with the
         channels, once.
         """
-        machine, token = self._guest.machine, self._guest.token
-        if machine is None:
-            raise QmpError("Guest is waiting for an incoming migration")
-        assert token is not None
-        if self._migration.under_way:
+        if self.migration.under_way:
             raise QmpError("There's a migration process in progress")
         if machine.run_state is RunState.POSTMIGRATE:
             raise QmpError("Can't migrate the vm that was paused due to previous migration")
         if machine.run_state not in (RunState.RUNNING, RunState.PAUSED):
             raise QmpError(f"the guest cannot be handed over in run state {machine.run_state.value}")
-        self._migration.outcome = report = Report(mode=mode.value)
-        self._migration.error = None
-        clients = LeavingClients(self._monitor)
+        assert self.guest.token is not None
+        self.migration.outcome = report = Report(mode=mode.value)
+        clients = LeavingClients(self.monitor)
         self._world = world = LiveOutgoing(
             _View(machine, clients),
-            token,
+            self.guest.token,
             cpr_path=cpr.path,
             main_path=main.path,
-            timeouts=self._migration.timeouts,
-            tracer=self._tracer,
+            timeouts=self.migration.timeouts,
+            tracer=self.tracer,
             report=report,
             on_phase=self._on_phase,
-            farewell=lambda: self._loop.ask(lambda: self._let_go(clients)),
+            farewell=lambda: self.loop.ask(lambda: self._let_go(clients)),
         )
-        self._tracer.clear()
+        self.tracer.clear()
         try:
             world.connect_cpr()
         except HandoverError as error:
             world.close()
             clients.close()
-            self._migration.status, self._migration.error = "failed", str(error)
+            self.migration.status, self.migration.error = "failed", str(error)
             raise QmpError(str(error)) from error
-        self._migration.set_status("setup", None)
-        self._migration.carry(lambda: self._carry_out(world, clients))
+        self.migration.set_status("setup", None)
+        self.migration.carry(lambda: self._carry_out(world, clients))
 
     def cancel(self, why: str) -> None:
         """Give up a handover whose commit has not begun, if there is one."""
-        if self._world is not None and self._migration.under_way:
+        if self._world is not None and self.migration.under_way:
             self._world.cancel.set(why)
 
     def _let_go(self, clients: LeavingClients) -> list[tuple[int, bytes]]:
         """The clients that move hear what happened here, and no more."""
-        self._migration.release_events()
-        self._monitor.send_events()
+        self.migration.release_events()
+        self.monitor.send_events()
         return clients.leave()
 
     def _on_phase(self, phase: outgoing.Phase, error: str | None) -> None:
-        assert self._guest.machine is not None
+        assert self.guest.machine is not None
         if phase is outgoing.Phase.OFFERED:
-            self._guest.machine.offered()
+            self.guest.machine.offered()
         elif phase is outgoing.Phase.COMMITTED:
-            self._guest.machine.let_go()
-        self._migration.set_status(outgoing.STATUS[phase], error)
+            self.guest.machine.let_go()
+        self.migration.set_status(outgoing.STATUS[phase], error)
 
     def _carry_out(self, world: LiveOutgoing, clients: LeavingClients) -> None:
         try:
             phase = run(outgoing.outgoing(faulty(world)))
         except BaseException as error:
-            self._failed(error)
+            self.failed(error)
             raise
         finally:
             world.close()
             clients.close()
-            self._migration.release_events()
-        why = self._migration.error
+            self.migration.release_events()
+        why = self.migration.error
         if phase in (outgoing.Phase.COMPLETED, outgoing.Phase.LOST):
-            self._guest.let_go()
-            self._guest.moved_out = world.report.method == "rebuild"
+            self.guest.let_go()
+            self.guest.moved_out = world.report.method == "rebuild"
             if phase is outgoing.Phase.LOST and self._lives_on():
-                self._loop.post(self._leave, why, HandoverError.exit_code)
+                self.loop.post(self.leave, why, HandoverError.exit_code)
         log.log(
             logging.INFO if phase is outgoing.Phase.COMPLETED else logging.WARNING,
             "handover %s%s",
@@ -154,5 +130,5 @@ class OldSide:
 
     def _lives_on(self) -> bool:
         """Whether the guest, which was taken from us, lives in a keeper now: the one it was in or another."""
-        assert self._guest.machine is not None
-        return bool(self._guest.machine.state.home)
+        assert self.guest.machine is not None
+        return bool(self.guest.machine.state.home)

@@ -39,10 +39,9 @@ class VmmProcess:
         monitor = Monitor(options, guest, self._on_quit, self._on_reset)
         self._server = server = QmpServer(loop.asyncio, monitor, COMMANDS)
         self._migration = monitor.migration = migration = Migration(loop, server)
-        self._old_side = monitor.old_side = OldSide(
-            guest, migration, loop, server, tracer, failed=self.failed, leave=self._leave_guest
-        )
-        self._new_side = NewSide(options, guest, migration, loop, server, tracer, failed=self.failed)
+        parts = guest, migration, loop, server, tracer, self.failed
+        self._old_side = monitor.old_side = OldSide(*parts, self._leave_guest)
+        self._new_side = NewSide(*parts, options)
 
     # --- life ---
 

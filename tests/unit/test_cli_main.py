@@ -125,4 +125,4 @@ def test_sentinel_is_as_patient_as_its_series(
     """Where a VMM takes long to start, so does what waits for one."""
     monkeypatch.setattr(vmm.cli.series, "executes_avx", lambda: False)
     series = vmm.cli.series.Series("sentinel", mode="adopt", memory=64 << 20, cpus=1, timeout_s=timeout_s)
-    assert series._append.split() == expected
+    assert series._append.split() == ["gap_us=500", *expected]

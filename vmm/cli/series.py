@@ -60,7 +60,8 @@ class Manners:
 GUESTS = {
     # ticker speaks by itself; spinning, it sees every pause as a gap between two readings of its TSC
     "ticker": Manners(append="wait=spin", ask=b"", end=b"q"),
-    "sentinel": Manners(append="", ask=b"r", end=b"x"),
+    # with all its checks a turn can take 0.2 ms, which is no gap; too many of those would push others out
+    "sentinel": Manners(append="gap_us=500", ask=b"r", end=b"x"),
 }
 
 

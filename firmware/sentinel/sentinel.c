@@ -1,5 +1,5 @@
 /*
- * sentinel's loop. Options (README.md has them all): checks=, skip=, fpu=, gap_us=, rounds=.
+ * sentinel's loop. Options (README.md has them all): checks=, skip=, fpu=, gap_us=, poll_us=, rounds=.
  * Keys: r, a report; x, a report and the end.
  */
 #include "sentinel.h"
@@ -11,7 +11,6 @@
 #include "serial.h"
 #include "smp.h"
 
-#define TURNS_BETWEEN_POLLS 64 /* a look at COM1 costs an exit to the VMM */
 #define STACK_SIZE 4096
 
 static const struct check *const checks[] = {
@@ -53,6 +52,7 @@ u64 stall_cycles;
 
 static u8 stacks[MAX_CPUS][STACK_SIZE] __attribute__((aligned(16)));
 static u64 rounds_wanted;
+static u64 poll_cycles; /* between two looks at COM1, each of which is an exit to the VMM */
 
 static enum check_state wanted(const struct check *check)
 {
@@ -113,9 +113,9 @@ static inline void console_turn(struct vcpu *v)
 {
 	if (report_active)
 		report_turn();
-	if (v->turns_to_poll--)
+	if (v->now - v->polled < poll_cycles)
 		return;
-	v->turns_to_poll = TURNS_BETWEEN_POLLS;
+	v->polled = v->now;
 	results.nmis = nmi_count();
 	if (rounds_wanted && results.rounds >= rounds_wanted)
 		report_request(true);
@@ -195,6 +195,7 @@ int main(void)
 	results_init(info->flags & BOOT_IRQCHIP ? info->cpus : 1, info->tsc_khz, option_number("gap_us", 200));
 	stall_cycles = microseconds(option_number("stall_ms", STALL_MS) * 1000);
 	rounds_wanted = option_number("rounds", 0);
+	poll_cycles = microseconds(option_number("poll_us", 10000));
 	for (u32 i = 0; i < MAX_CPUS; i++) {
 		vcpus[i].self = &vcpus[i];
 		vcpus[i].index = i;

@@ -54,7 +54,7 @@ extern u64 stall_cycles;
 struct vcpu {
 	struct vcpu *self;
 	u32 index; /* also its APIC ID */
-	u32 turns_to_poll; /* of the console */
+	u64 polled; /* the console: when, by the TSC */
 	struct cpu_results *results;
 	volatile u64 interrupts; /* of all kinds, raised by each handler */
 	u64 now; /* TSC at the start of this turn */

@@ -81,6 +81,8 @@ def faulty_old(stage: Stage, spawn: Spawn, fault: str, *options: str) -> Side:
 def test_the_same_vm_through_other_processes(stage: Stage) -> None:
     side = stage.start("--keeper", "--cpus=2")
     vm, pids = vm_of(side), {side.process.pid}
+    threads = [cpu["thread-id"] for cpu in side.client.execute("query-cpus-fast")]
+    assert set(threads) < {int(name) for name in os.listdir(f"/proc/{vm['process']}/task")}
     for _ in range(3):
         stage.hear()
         old = side
@@ -95,6 +97,7 @@ def test_the_same_vm_through_other_processes(stage: Stage) -> None:
         assert old.process.wait() == 0
         side = new
         assert vm_of(side) == vm
+        assert [cpu["thread-id"] for cpu in side.client.execute("query-cpus-fast")] == threads
         pids.add(side.process.pid)
     assert len(pids) == 4
     assert vm["process"] not in pids

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vmm.cli.aside import Aside
 from vmm.cli.launch import POLL_S, LaunchedVmm
 from vmm.cli.target import add_target, monitor_path
 from vmm.errors import HandoverError, PeerError, VmmError
@@ -98,7 +99,11 @@ def hand_over(
     A KeyboardInterrupt cancels it. Where it is too late for that, the handover is completed first.
     """
     deadline = time.monotonic() + timeout_s
-    with tempfile.TemporaryDirectory(prefix="handover-", dir=monitor.parent) as folder:
+    vcpu_threads = [cpu["thread-id"] for cpu in old.execute("query-cpus-fast")] if mode != "rebuild" else []
+    with (
+        Aside(old.pid, vcpu_threads) as aside,
+        tempfile.TemporaryDirectory(prefix="handover-", dir=monitor.parent) as folder,
+    ):
         main, cpr = Path(folder, "main"), Path(folder, "cpr")
         options = ["-v", f"--handover={mode}", *KEEPER_OPTION[keeper]]
         vmm = _start(monitor, main, cpr, options, name=name, log=log, python=python)
@@ -106,6 +111,9 @@ def hand_over(
             new = vmm.connect(deadline)
             progress(f"started the new VMM (pid {vmm.pid})")
             _set_up(old)
+            aside.keep_off(vmm.pid)
+            if aside.why_not:
+                progress(f"the guest may notice the handover: {aside.why_not}")
         except BaseException:
             vmm.end()  # nobody has told the old VMM of it
             raise

@@ -60,9 +60,10 @@ SYS_CAPSET, SYS_LANDLOCK_RESTRICT_SELF, CAPABILITY_VERSION_3 = 126, 446, 0x20080
 NEEDED = frozenset({b"kvm-slots", b"kvm-go", b"kvm-done"})  # names that the keeper itself gave, and uses
 
 # a vCPU's slot in u64 words: called, returned, result (0 an exit, else errno), when it returned
-# (CLOCK_MONOTONIC, ns), and how long either side looks at the slot before it sleeps (ns; the VMM decides)
+# (CLOCK_MONOTONIC, ns), how long either side looks at the slot before it sleeps (ns; the VMM decides), and
+# the thread that is in KVM_RUN
 SLOT = 64
-CALLED, RETURNED, RESULT, SINCE, SPIN = range(5)
+CALLED, RETURNED, RESULT, SINCE, SPIN, THREAD = range(6)
 SLOTS = 1024
 SLOTS_SIZE = SLOT * SLOTS
 LARGEST_WORD = (1 << 64) - 1
@@ -186,17 +187,17 @@ class VcpuRunner:
         self.fd = fd
         self.go = os.eventfd(0, os.EFD_CLOEXEC)
         self.done = os.eventfd(0, os.EFD_CLOEXEC)
-        self._words = words[slot * SLOT // 8 : (slot + 1) * SLOT // 8]
+        self.words = words[slot * SLOT // 8 : (slot + 1) * SLOT // 8]
         self.thread = threading.Thread(target=self._main, daemon=True)
 
     @property
     def busy(self) -> bool:
         """Whether KVM_RUN is called and has not returned: then no other ioctl may go to this vCPU."""
-        return self._words[CALLED] != self._words[RETURNED]
+        return self.words[CALLED] != self.words[RETURNED]
 
     def _main(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {KICK})
-        words, fd, go, done = self._words, self.fd, self.go, self.done
+        words, fd, go, done = self.words, self.fd, self.go, self.done
         read, write = os.eventfd_read, os.eventfd_write
         while True:
             if not spin(words, equal=True):
@@ -493,6 +494,7 @@ class Keeper:
             os.close(runner.go)
             os.close(runner.done)
             raise Refused(EAGAIN) from None
+        runner.words[THREAD] = runner.thread.native_id or 0
         self._runners[slot] = self._by_fd[fd] = runner
         for name, one in ((b"kvm-go", runner.go), (b"kvm-done", runner.done)):
             self._names[name, slot] = one

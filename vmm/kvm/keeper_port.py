@@ -43,7 +43,7 @@ SPIN_NS = 20_000
 NO_FD = -1
 NUMBER_SIZE, WORD_SIZE = 4, 8  # of an fd's number, and of an attribute, in an answer
 MAX_ERRNO = 4095  # linux/err.h
-MAX_FD = (1 << 31) - 1
+MAX_FD = MAX_PID = (1 << 31) - 1
 MAX_WORD = (1 << 64) - 1
 
 # What /proc/self/fd says of what KVM and the keeper make, and this process maps, reads or writes
@@ -96,6 +96,7 @@ class _Runner:
         self.go = go
         self.done = done
         self.leaving = False
+        self.server = 0  # this process's thread that serves the exits
         self.given = 0  # which of KVM_RUN's returns the caller was told of last: it has served that exit
 
     @property
@@ -678,6 +679,12 @@ class KeeperPort:
 
     def bind_thread(self, vcpu_fd: int) -> None:
         """See `Port.bind_thread`: the thread that is kicked is the keeper's."""
+        self._runners[vcpu_fd].server = threading.get_native_id()
+
+    def thread_id(self, vcpu_fd: int) -> int:
+        """See `Port.thread_id`. Of a keeper too old to say, it is the thread that serves the exits."""
+        runner = self._runners[vcpu_fd]
+        return runner.words[keeper.THREAD] & MAX_PID or runner.server
 
     def _slots(self) -> memoryview:
         if self._words is None:

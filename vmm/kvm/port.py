@@ -131,6 +131,10 @@ class Port(Protocol):
         """The calling thread is the one that will `run` this vCPU: `kick` reaches it from here on."""
         ...
 
+    def thread_id(self, vcpu_fd: int) -> int:
+        """The thread that is in KVM_RUN while this vCPU runs, in whichever process: what to pin it by."""
+        ...
+
     def run(self, vcpu_fd: int) -> bool:
         """KVM_RUN. True: an exit to serve. False: kicked (EINTR), or woken by INIT or SIPI (EAGAIN)."""
         ...
@@ -237,7 +241,7 @@ class DirectPort:
         call.restype = ctypes.c_int
         self._call = call
         self._run_number = abi.KVM_RUN.number
-        self._threads: dict[int, int] = {}  # vCPU fd -> the thread that runs it
+        self._threads: dict[int, threading.Thread] = {}  # vCPU fd -> the thread that runs it
 
     def ioctl(self, fd: int, request: Ioctl, arg: Argument = 0) -> int:
         pointer: Any
@@ -316,11 +320,14 @@ class DirectPort:
         """Nothing to do: `run` is a call of this process's own threads."""
 
     def bind_thread(self, vcpu_fd: int) -> None:
-        self._threads[vcpu_fd] = threading.get_ident()
+        self._threads[vcpu_fd] = threading.current_thread()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK}) - {KICK}
         mask = sized(abi.kvm_signal_mask, _SIGSET_SIZE)(len=_SIGSET_SIZE)
         mask.sigset[:] = list(sum(1 << (number - 1) for number in blocked).to_bytes(_SIGSET_SIZE, "little"))
         self.ioctl(vcpu_fd, abi.KVM_SET_SIGNAL_MASK, mask)
+
+    def thread_id(self, vcpu_fd: int) -> int:
+        return self._threads[vcpu_fd].native_id or 0
 
     def run(self, vcpu_fd: int) -> bool:
         if self._call(vcpu_fd, self._run_number, None) == 0:
@@ -334,7 +341,7 @@ class DirectPort:
     def kick(self, vcpu_fd: int) -> None:
         thread = self._threads.get(vcpu_fd)
         if thread is not None:
-            signal.pthread_kill(thread, KICK)
+            signal.pthread_kill(thread.ident or 0, KICK)
 
     def leave(self, vcpu_fd: int) -> None:
         self.kick(vcpu_fd)

@@ -73,6 +73,11 @@ class Vcpu:
         """The calling thread is this vCPU's from here on: `kick` ends its `run`."""
         self.port.bind_thread(self.fd)
 
+    @property
+    def thread_id(self) -> int:
+        """The thread that is in KVM_RUN while it runs, in whichever process."""
+        return self.port.thread_id(self.fd)
+
     def kick(self) -> None:
         """Make `run` return False, now or the next time it is called. From any thread."""
         self.port.kick(self.fd)

@@ -67,7 +67,6 @@ class VcpuThread:
         """
         self.vcpu = vcpu
         self.index = vcpu.index
-        self.native_id = 0
         self._pio = pio
         self._mmio = mmio
         self._sink = sink
@@ -168,7 +167,6 @@ class VcpuThread:
 
     def _main(self) -> None:
         self.vcpu.bind_thread()
-        self.native_id = threading.get_native_id()
         self._ready.set()
         while (job := self._jobs.get()) is not None:
             try:

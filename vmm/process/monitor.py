@@ -51,7 +51,7 @@ class Monitor:
     def cpus(self) -> list[tuple[int, int]]:
         """QMP `query-cpus-fast`."""
         machine = self._guest.machine
-        return [(thread.index, thread.native_id) for thread in machine.threads] if machine else []
+        return [(thread.index, thread.vcpu.thread_id) for thread in machine.threads] if machine else []
 
     def memory_size(self) -> int:
         """QMP `query-memory-size-summary`."""

@@ -239,7 +239,7 @@ class Liar:
     def scribble(self) -> None:
         """Nonsense in the words of the first slot."""
         word = self._reader.choice((0, 1, 2, 4, 4096, 1 << 31, 1 << 63, (1 << 64) - 1))
-        at = self._reader.choice((keeper.CALLED, keeper.RETURNED, keeper.RESULT, keeper.SINCE, keeper.SPIN))
+        at = self._reader.choice(range(keeper.CALLED, keeper.THREAD + 1))
         self.slots[8 * at : 8 * at + 8] = word.to_bytes(8, "little")
 
 

@@ -195,7 +195,8 @@ def advance(state: abi.kvm_lapic_state, elapsed_ns: int) -> None:
     elif mode is TimerMode.PERIODIC:
         if left_ns <= 0:
             _request(state)
-            left_ns %= read_register(state, INITIAL_COUNT) * unit_ns
+            period_ns = read_register(state, INITIAL_COUNT) * unit_ns
+            left_ns = left_ns % period_ns or period_ns
         write_register(state, CURRENT_COUNT, max(left_ns // unit_ns, 1))
 
 

@@ -20,7 +20,7 @@ import pytest
 from tests.handover.kept import NAME, KeptGuest, repeats
 from tests.handover.rig import NoReactor
 from tests.handover.stage import Stage, ended, wait_for
-from tests.processes import Spawn
+from tests.processes import Spawn, Spawned
 from vmm.cli.handover import unix_channel
 from vmm.errors import HandoverError, HostError, PeerError, UsageError
 from vmm.fds import FdStore
@@ -357,22 +357,46 @@ def test_the_orphan_timeout_moves_into_another_keeper(guest: KeptGuest) -> None:
     assert 1.5 < time.monotonic() - started < 5
 
 
-def test_an_old_vmm_that_lingers_keeps_nobody_from_attaching(guest: KeptGuest) -> None:
-    """It has given the guest to a VMM that is killed before anybody has told the old one to quit."""
-    guest.run(append="rate=50")
-    guest.hear()
+def hand_over_by_hand(guest: KeptGuest, *options: str) -> Spawned:
+    """The new VMM, which has the guest and is found by its name; the old one has not been told to quit."""
     main, cpr = guest.folder / "m", guest.folder / "c"
     new = guest.verb(
-        *("run", "-v", f"--name={NAME}", f"--incoming=unix:{main}"),
+        *("run", "-v", f"--name={NAME}", f"--incoming=unix:{main}", *options),
         f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={cpr}",
     )
     wait_for("the new VMM", cpr.exists)
-    old, client = guest.vmm, guest.client
+    client = guest.client
     assert client is not None
     client.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
     client.execute("migrate", {"channels": [unix_channel("main", main), unix_channel("cpr", cpr)]})
     wait_for("its end", lambda: client.execute("query-migrate")["status"] == "completed")
     wait_for("the link", lambda: os.readlink(guest.folder / "qmp.sock") == f"qmp-{new.pid}.sock")
+    return new
+
+
+def test_an_orphan_timeout_of_the_new_vmms(guest: KeptGuest) -> None:
+    guest.run()
+    guest.hear()
+    keeper = guest.keeper
+    new = hand_over_by_hand(guest, "--orphan-timeout=2")
+    assert guest.client is not None
+    guest.client.execute("quit")
+    assert guest.vmm.wait() == 0, guest.vmm.output()
+    new.signal(signal.SIGKILL)
+    new.popen.wait()
+    assert not ended(keeper)
+    started = time.monotonic()
+    wait_for("the keeper's end", lambda: ended(keeper))
+    assert 1.5 < time.monotonic() - started < 5
+
+
+def test_an_old_vmm_that_lingers_keeps_nobody_from_attaching(guest: KeptGuest) -> None:
+    """It has given the guest to a VMM that is killed before anybody has told the old one to quit."""
+    guest.run(append="rate=50")
+    guest.hear()
+    old, client = guest.vmm, guest.client
+    assert client is not None
+    new = hand_over_by_hand(guest)
     new.signal(signal.SIGKILL)
     new.popen.wait()
     guest.kills += 1

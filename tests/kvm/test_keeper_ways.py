@@ -38,7 +38,7 @@ def fds(port: KeeperPort) -> Iterator[FdStore]:
 
 def test_the_same_is_taken(fds: FdStore) -> None:
     fds.add("kvm-slots", 0, sealed_memfd("another", 4096))  # not looked at: the keeper's own is used
-    adopt_from_keeper(fds).close(for_good=False)
+    adopt_from_keeper(fds, findable=True).close(for_good=False)
     assert {name for name, _, _ in fds.items()} == set(OF_FILES)
 
 
@@ -47,12 +47,12 @@ def test_another_file_of_that_name_is_refused(fds: FdStore, name: str) -> None:
     fds.remove(name)
     fds.add(name, 0, sealed_memfd(name, 4096))
     with pytest.raises(StateError, match=f"fd {name}/0 is not the one that the keeper has"):
-        adopt_from_keeper(fds)
+        adopt_from_keeper(fds, findable=True)
 
 
 def test_a_keeper_that_ends_meanwhile_leaves_nothing_open(fds: FdStore, port: KeeperPort) -> None:
     before = len(os.listdir("/proc/self/fd"))
     fds.remove("ram")
     with pytest.raises(StateError, match="fd ram/0 is missing"):
-        adopt_from_keeper(fds)
+        adopt_from_keeper(fds, findable=True)
     assert len(os.listdir("/proc/self/fd")) == before - 2  # ram, and the connection

@@ -388,9 +388,13 @@ class Machine:
             self._settle_in()
             self._go(RunState.PAUSED if paused else RunState.RUNNING)
 
+    def live_on(self) -> None:
+        """Have the VM live on without a VMM, where it can, for as long as the state says."""
+        self.hypervisor.port.live_on(self.state.orphan_ms / 1000)
+
     def _settle_in(self) -> None:
         """From here on the guest lives in this VM, and nowhere else: one that is its home must live on."""
-        self.hypervisor.port.live_on(self.state.orphan_ms / 1000)
+        self.live_on()
         self.state.home = self.hypervisor.port.identity
 
     def _go(self, to: RunState) -> None:

@@ -70,16 +70,17 @@ def take_keeper(fds: FdStore) -> socket.socket | None:
     return None if fd is None else socket.socket(fileno=fd)
 
 
-def adopt_from_keeper(fds: FdStore) -> Port:
+def adopt_from_keeper(fds: FdStore, *, findable: bool) -> Port:
     """The way to a VM whose keeper's connection is among the received fds; `attach` when the guest is
-    ours. What the old VMM has sent must be what the keeper has under those names.
+    ours. What the old VMM has sent must be what the keeper has under those names. `findable`: there is a name
+    to find that keeper by, should this process die.
 
     Raises StateError, PeerError.
     """
     sock = take_keeper(fds)
     if sock is None:
         raise StateError(f"fd {KEEPER_NAME}/0 is missing from the fd table")
-    port = KeeperPort(sock)
+    port = KeeperPort(sock, findable=findable)
     with _closed_on_error(port):
         rows = port.table()
         spare = {row.fd for row in rows}

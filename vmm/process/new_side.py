@@ -97,14 +97,14 @@ class NewSide(Side):
     def _on_phase(self, phase: incoming.Phase, error: str | None) -> None:
         if phase is incoming.Phase.TAKEN:
             self.guest.take()
-            self._keep_orphan_timeout()
+            self._set_orphan_timeout()
         self.migration.set_status(incoming.STATUS[phase], error)
 
-    def _keep_orphan_timeout(self) -> None:
-        """That of the VM which the guest leaves holds for a new one as well, where no other is given."""
+    def _set_orphan_timeout(self) -> None:
+        """What it was before holds on, where no other is given."""
         machine = self.guest.machine
         assert machine is not None
-        if machine.hypervisor.origin is Origin.REBUILT and self.options.orphan_timeout_s:
+        if self.options.orphan_timeout_s:
             machine.state.orphan_ms = self.options.orphan_ms
 
     def _build(self, described: bytes, fds: FdStore, token: RunToken) -> tuple[IncomingMachine, Choice]:
@@ -131,7 +131,8 @@ class NewSide(Side):
         else:
             guest.end_spare()
             check_keepers_fds(config, fds)
-            machine = guest.make(config, adopt_from_keeper(fds), Origin.ADOPTED)
+            port = adopt_from_keeper(fds, findable=config.name is not None)
+            machine = guest.make(config, port, Origin.ADOPTED)
         unused = OLD_VM_FDS if choice.probe == WORKS else frozenset()  # a keeper's, which is not needed then
         refuse_surplus([row for row in surplus(fds) if row[0] not in unused])
         return _View(machine, lambda: guest.held, lambda: self.loop.post(guest.own)), choice
@@ -171,10 +172,19 @@ class NewSide(Side):
                 retire_keeper(retired)
             except PeerError as error:
                 log.warning("the keeper that the guest was in: %s", error)
+        elif self.options.orphan_timeout_s:
+            self._tell_keeper()
         if self.migration.error is None:
             log.info("the guest runs here")
         else:
             log.warning("%s", self.migration.error)
+
+    def _tell_keeper(self) -> None:
+        assert self.guest.machine is not None
+        try:
+            self.guest.machine.live_on()
+        except PeerError as error:
+            log.warning("the orphan timeout: %s", error)
 
     def _not_received(self) -> None:
         self.migration.release_events()

@@ -386,7 +386,7 @@ def _come(way: int, liar: Liar, fds: FdStore) -> KeeperPort:
     if way == 1:
         for name in ("ram", "vm", "vcpu", "kvm-slots", "kvm-go", "kvm-done"):
             fds.add(name, 0, os.dup(liar.rows[name, 0]))
-        port = ports.adopt_from_keeper(fds)
+        port = ports.adopt_from_keeper(fds, findable=True)
     else:
         port = ports.find_keeper("", fds)
     assert isinstance(port, KeeperPort)

@@ -48,7 +48,8 @@ class FakeRunner:
         self.fd = fd
         self.go = os.eventfd(0)
         self.done = os.eventfd(0)
-        self.thread = SimpleNamespace(start=lambda: None, ident=-1)
+        self.words = memoryview(bytearray(keeper.SLOT)).cast("Q")
+        self.thread = SimpleNamespace(start=lambda: None, ident=-1, native_id=-1 & keeper.LARGEST_WORD)
         self.busy = bool(slot & 1)
 
 

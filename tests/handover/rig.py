@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.patience import at_most
 from vmm.devices.chardev import Reactor
-from vmm.errors import GuestCrash, VmmError
+from vmm.errors import GuestCrash, HandoverError, VmmError
 from vmm.fds import FdStore
 from vmm.kvm import DirectPort
 from vmm.machine.config import MachineConfig
@@ -113,10 +113,12 @@ class Rig:
             new = self._build(_copies(old.fds), Origin.REBUILT)
             _do(built, new)
             was_running = old.quiesce(keep_running=False)
-        except BaseException:
+        except BaseException as error:
             old.release_fds()
             if new is not None:
                 _close(new)
+            if isinstance(error, HandoverError):
+                self.check_alive()
             raise
         try:
             _do(saved, old)
@@ -141,14 +143,18 @@ class Rig:
         """The guest's results, once they are so. AssertionError where it ends or does not get there."""
         deadline = time.monotonic() + at_most(timeout_s)
         while time.monotonic() < deadline:
-            if not self.ends.empty():
-                raise AssertionError(f"the guest ended: {self.ends.get()}; {self.violation()}")
+            self.check_alive()
             if self.machine.memory.read(RESULTS_GPA, 4) != bytes(4):
                 results = self.results()
                 if results.state is GuestState.RUNNING and what(results):
                     return results
             time.sleep(POLL_S)
         raise AssertionError(f"not within {at_most(timeout_s):g} s: {self.results()}")
+
+    def check_alive(self) -> None:
+        """AssertionError where the guest has ended."""
+        if not self.ends.empty():
+            raise AssertionError(f"the guest ended: {self.ends.get()}; {self.violation()}")
 
     def go_on(self, turns: int = 300, timeout_s: float = 20.0) -> Results:
         """Let every vCPU take so many turns more."""

@@ -17,6 +17,8 @@ import pytest
 from tests.handover.stage import VM_FD, connect, ended, wait_for
 from tests.processes import Spawn, Spawned
 from vmm.cli.console import LEAVE
+from vmm.cli.series import Series
+from vmm.errors import VmmError
 
 pytestmark = pytest.mark.kvm
 
@@ -273,6 +275,25 @@ def test_a_demo_waits_as_long_as_it_is_told(user: User) -> None:
     said = user.fails(10, "demo", "--json", "--timeout=0.01")
     assert "does not answer in time" in said
     assert [path.name for path in user.vms.glob("*/*")] == ["vmm.log"]  # which the sentence refers to
+
+
+def test_a_series_says_what_ended_its_vmm(
+    kvm_device: Path, tmp_socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fatal signal leaves where it met the VMM in the log, which is kept."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_socket_dir))
+    series = Series("ticker", mode="rebuild", memory=64 << 20, cpus=1)
+
+    def meets_a_signal() -> None:
+        with series:
+            os.kill(series.vmm.pid, signal.SIGSEGV)
+            series.results()
+
+    with pytest.raises(VmmError, match=r"ended by SIGSEGV; see .*/vmm\.log$"):
+        meets_a_signal()
+    log = series.directory.log.read_text()
+    assert "Fatal Python error: Segmentation fault" in log
+    assert "vmm/process/loop.py" in log
 
 
 def test_bad_numbers_for_a_demo(user: User) -> None:

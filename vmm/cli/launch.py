@@ -105,6 +105,10 @@ class LaunchedVmm:
                 f"the VMM (pid {self.pid}) was ended by its sandbox, for a system call beyond its profile: "
                 "the kernel's log names the call (audit type 1326); VMM_SANDBOX=log lets it go on"
             )
+        if status < 0:
+            return VmmError(
+                f"the VMM (pid {self.pid}) was ended by {signal.Signals(-status).name}; see {self._log}"
+            )
         kind = _BY_STATUS.get(status, VmmError)
         return kind(
             self.last_words() or f"the VMM (pid {self.pid}) ended with status {status} and said nothing"

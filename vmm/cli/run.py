@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
@@ -205,7 +206,10 @@ def sandbox_mode(given: str | None) -> Mode:
 
 
 def start_logging(verbose: int) -> None:
-    """Log to stderr: warnings, with one -v what happens, with two everything."""
+    """Log to stderr: warnings, with one -v what happens, with two everything; and where a fatal signal met
+    the process.
+    """
+    faulthandler.enable()
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=level, format=LOG_FORMAT, datefmt="%H:%M:%S")
 

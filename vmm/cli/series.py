@@ -42,6 +42,7 @@ from vmm.report.ticks import Ticks
 
 POLL_S = 0.02
 STALL_MS = 10_000  # sentinel's own patience (firmware/README.md)
+DEATH_S = 2.0  # from a VMM's last word, or none, to its end
 SETTLE_S = 0.1  # after a window, for the guest to have noted the gap that it is in
 CONTROL_AFTER_S = (0.05, 0.25)  # the control window begins somewhere in here
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -292,7 +293,7 @@ class Series:
         try:
             self._start()
         except BaseException as error:
-            self._clean_up(keep_log=isinstance(error, PeerError))  # which says to look there
+            self._clean_up(keep_log=isinstance(error, VmmError))
             raise
         return self
 
@@ -301,9 +302,19 @@ class Series:
     ) -> None:
         self.console.close()
         self.client.close()
+        died = self._death(error)
         self._clean_up(keep_log=kind is not None and issubclass(kind, VmmError))
         if isinstance(error, VmmError) and (violation := _violation(self.console.last_line)):
             raise GuestCrash(f"{self.guest} ended itself, having found: {violation}") from error
+        if died:
+            raise died from error
+
+    def _death(self, error: BaseException | None) -> VmmError | None:
+        """What the VMM ended with, where that is why it does not answer."""
+        if isinstance(error, PeerError):
+            with suppress(PeerError):  # it has not ended
+                return self.vmm.failure(self.vmm.wait(DEATH_S))
+        return None
 
     def _start(self) -> None:
         directory = self.directory
@@ -331,8 +342,11 @@ class Series:
             self.client.execute("cont")
             self.results_area = self._find_results()
             self._look_at_vm()
-        except BaseException:
+        except BaseException as error:
+            died = self._death(error)
             self.vmm.end()
+            if died:
+                raise died from error
             raise
 
     def deadline(self) -> float:

@@ -302,15 +302,15 @@ class Series:
     ) -> None:
         self.console.close()
         self.client.close()
-        died = self._death(error)
+        why = self._explain(error)
         self._clean_up(keep_log=kind is not None and issubclass(kind, VmmError))
-        if isinstance(error, VmmError) and (violation := _violation(self.console.last_line)):
-            raise GuestCrash(f"{self.guest} ended itself, having found: {violation}") from error
-        if died:
-            raise died from error
+        if why:
+            raise why from error
 
-    def _death(self, error: BaseException | None) -> VmmError | None:
-        """What the VMM ended with, where that is why it does not answer."""
+    def _explain(self, error: BaseException | None) -> VmmError | None:
+        """What the guest found, or what the VMM ended with, where that is why it does not answer."""
+        if isinstance(error, VmmError) and (violation := _violation(self.console.last_line)):
+            return GuestCrash(f"{self.guest} ended itself, having found: {violation}")
         if isinstance(error, PeerError):
             with suppress(PeerError):  # it has not ended
                 return self.vmm.failure(self.vmm.wait(DEATH_S))
@@ -339,14 +339,20 @@ class Series:
             console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             console.connect(str(directory.console))
             self.console = Console(console, self._on_line)
+        except BaseException:
+            self.vmm.end()
+            raise
+        try:
             self.client.execute("cont")
             self.results_area = self._find_results()
             self._look_at_vm()
         except BaseException as error:
-            died = self._death(error)
+            self.console.close()
+            self.client.close()
+            why = self._explain(error)
             self.vmm.end()
-            if died:
-                raise died from error
+            if why:
+                raise why from error
             raise
 
     def deadline(self) -> float:

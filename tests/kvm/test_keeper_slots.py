@@ -229,6 +229,15 @@ def test_all_vcpus_spin_or_none(cores: int, expected: int, monkeypatch: pytest.M
         assert [value(machine.vcpu) for _ in range(3) if machine.vcpu.run()] == [1, 2, 3]
 
 
+def test_the_next_vmm_spins_as_the_first_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be kept off some cores while it takes over."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
+    with kept(COUNTER) as (port, machine):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+        with successor(port) as (_, _):
+            assert port._runners[machine.vcpu.fd].words[keeper.SPIN] == SPIN_NS
+
+
 def test_a_vmm_cannot_keep_the_keeper_spinning() -> None:
     with kept(COUNTER) as (port, machine):
         port._runners[machine.vcpu.fd].words[keeper.SPIN] = (1 << 64) - 1

@@ -663,15 +663,16 @@ class KeeperPort:
             _close_all((go, done))
             raise
         self._add_runner(vcpu_fd, index, go, done)
+        self._decide_spin()
 
     def _add_runner(self, vcpu_fd: int, index: int, go: int, done: int) -> None:
         self._events[index] = go, done
         self._runners[vcpu_fd] = _Runner(self._slots(), index, go, done)
-        self._decide_spin()
 
     def _decide_spin(self) -> None:
         """Whether both sides look at a slot before they sleep, the same for every vCPU: only where there is a
-        core to spare for both sides of each. It stands once the last vCPU is made.
+        core to spare for both sides of each. It stands once the last vCPU is made, for VMMs that come later
+        as well: in a handover those may be kept off some cores.
         """
         enough = len(os.sched_getaffinity(0)) > 2 * len(self._runners)
         for runner in self._runners.values():

@@ -322,7 +322,7 @@ def test_no_nmi_in_the_middle_of_a_handover() -> None:
 
 def wait_until_halted(machine: Machine, timeout_s: float = 20.0) -> None:
     """Until the thread of the first vCPU sleeps, and goes on doing so: in KVM_RUN, in all likelihood."""
-    stat = Path(f"/proc/self/task/{machine.threads[0].native_id}/stat")
+    stat = Path(f"/proc/self/task/{machine.threads[0].vcpu.thread_id}/stat")
     asleep, deadline = 0, time.monotonic() + at_most(timeout_s)
     while asleep < 3:
         assert time.monotonic() < deadline

@@ -100,6 +100,11 @@ def test_an_interrupt(raises: Raise, capsys: pytest.CaptureFixture[str]) -> None
         (Ending(rounds=1, ticks=9, lost=1, errors=0), 14, "vmm: something of the guest was lost or wrong"),
         (Ending(rounds=1, ticks=9, lost=0, errors=1), 14, "vmm: something of the guest was lost or wrong"),
         (Ending(1, 9, lost=0, errors=0, unavailable=("pit",)), 14, "vmm: something of the guest was lost"),
+        (
+            Ending(1, 9, lost=0, errors=1, violation='{"check":"pit"}'),
+            14,
+            "vmm: something of the guest was lost",
+        ),
     ],
 )
 def test_a_demo_s_guest(
@@ -115,6 +120,7 @@ def test_a_demo_s_guest(
     assert main(["demo", "--mode=rebuild"]) == status
     said = capsys.readouterr()
     assert f"ticks: 9, lost: {ending.lost}, errors: {ending.errors}" in said.out
+    assert (f"it found: {ending.violation}" in said.out) is (ending.violation is not None)
     assert said.err.startswith(sentence)
 
 

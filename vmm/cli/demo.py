@@ -153,6 +153,7 @@ def text(records: Sequence[Record]) -> list[str]:
             "",
             f"{record.mode}: {len(record.steps)} handovers through {len(record.pids)} VMM processes",
             f"  ticks: {ending.ticks}, lost: {ending.lost}, errors: {ending.errors}",
+            *([f"  it found: {ending.violation}"] if ending.violation else []),
             f"  the VM fd: received by each; the kernel says {record.probe}, {DRIVEN[record.mode]}",
         ]
     return lines

@@ -87,7 +87,7 @@ class Step:
 @dataclass(frozen=True)
 class Ending:
     """What became of the guest: its own count of rounds and ticks, what was lost of those, what was wrong,
-    and which checks it was to make and could not.
+    which checks it was to make and could not, and what it found first, in its own words (JSON).
     """
 
     rounds: int
@@ -95,6 +95,7 @@ class Ending:
     lost: int
     errors: int
     unavailable: tuple[str, ...] = ()
+    violation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ class Record:
                 "lost": self.ending.lost,
                 "errors": self.ending.errors,
                 "unavailable": list(self.ending.unavailable),
+                "violation": self.ending.violation,
             },
             "pause_us": {name: plain(figures) for name, figures in self.pauses().items()},
             "phases_us": {name: plain(figures) for name, figures in self.phases().items()},
@@ -492,7 +494,8 @@ class Series:
         if ticks.last is not None:
             lost += max(0, before.ticks - ticks.last)
         unavailable = (one.name for one in before.checks if one.state is CheckState.UNAVAILABLE)
-        ending = Ending(before.rounds, before.ticks, lost, errors, tuple(unavailable))
+        found = _violation(self.console.last_line)
+        ending = Ending(before.rounds, before.ticks, lost, errors, tuple(unavailable), found)
         steps, vms = tuple(self._steps), tuple(self.vms)
         return Record(self.mode, self.guest, self._memory, self._cpus, steps, vms, ending)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vmm.sandbox import Mode
 
 LOG_FORMAT = "%(asctime)s.%(msecs)03d vmm[%(process)d] %(levelname)s %(message)s"
+STDERR = 2  # an fd: sys.stderr may be an object that has none
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +210,8 @@ def start_logging(verbose: int) -> None:
     """Log to stderr: warnings, with one -v what happens, with two everything; and where a fatal signal met
     the process.
     """
-    faulthandler.enable()
+    if not faulthandler.is_enabled():
+        faulthandler.enable(STDERR)
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=level, format=LOG_FORMAT, datefmt="%H:%M:%S")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,15 +21,17 @@ _STATE, _PROCESSOR = 0, 36  # of what follows the name in /proc/PID/stat (proc_p
 
 
 class Aside:
-    """A context: what `keep_off` did is undone at its end.
+    """A context: what `keep_off` did is undone at its end. (A process that is killed before leaves the others
+    on fewer CPUs.)
 
-    It does nothing where the vCPUs run in the VMM itself, nor where they have every CPU. `why_not` says what
-    kept it from doing anything, if something did.
+    It does nothing where the vCPUs run in the VMM itself, nor where they have every CPU.
     """
 
-    def __init__(self, vmm: int, vcpu_threads: Sequence[int]) -> None:
-        """Of the guest whose vCPUs run in these threads, and of the VMM that is to hand it over."""
-        self.why_not: str | None = None
+    def __init__(self, vmm: int, vcpu_threads: Sequence[int], say: Callable[[str], None]) -> None:
+        """Of the guest whose vCPUs run in these threads, and of the VMM that is to hand it over. `say` is
+        told what cannot be done: no more than that the guest may notice.
+        """
+        self._say = say
         self._vcpus = frozenset(vcpu_threads)
         self._usual: dict[int, set[int]] = {}  # process -> its CPUs, before
         try:
@@ -37,10 +39,9 @@ class Aside:
             if home != vmm:
                 self._usual = {pid: os.sched_getaffinity(pid) for pid in (os.getpid(), vmm, home)}
         except OSError as error:
-            self.why_not = f"where its vCPUs run cannot be told: {error.strerror}"
+            say(f"the guest may notice the handover: where its vCPUs run cannot be told: {error.strerror}")
 
     def __enter__(self) -> Self:
-        self.keep_off()
         return self
 
     def __exit__(
@@ -59,11 +60,11 @@ class Aside:
             self._place({process: cpus - busy or cpus for process, cpus in self._usual.items()})
 
     def _place(self, wanted: dict[int, set[int]]) -> None:
-        try:
-            for process, cpus in wanted.items():
+        for process, cpus in wanted.items():
+            try:
                 self._place_process(process, cpus)
-        except OSError as error:
-            self.why_not = f"the CPUs of a process cannot be set: {error.strerror}"
+            except OSError as error:
+                self._say(f"process {process} cannot be kept to CPUs {sorted(cpus)}: {error.strerror}")
 
     def _place_process(self, process: int, cpus: set[int]) -> None:
         """All its threads, and those that they start meanwhile, but the vCPUs'."""

@@ -101,9 +101,10 @@ def hand_over(
     deadline = time.monotonic() + timeout_s
     vcpu_threads = [cpu["thread-id"] for cpu in old.execute("query-cpus-fast")] if mode != "rebuild" else []
     with (
-        Aside(old.pid, vcpu_threads) as aside,
+        Aside(old.pid, vcpu_threads, progress) as aside,
         tempfile.TemporaryDirectory(prefix="handover-", dir=monitor.parent) as folder,
     ):
+        aside.keep_off()
         main, cpr = Path(folder, "main"), Path(folder, "cpr")
         options = ["-v", f"--handover={mode}", *KEEPER_OPTION[keeper]]
         vmm = _start(monitor, main, cpr, options, name=name, log=log, python=python)
@@ -112,8 +113,6 @@ def hand_over(
             progress(f"started the new VMM (pid {vmm.pid})")
             _set_up(old)
             aside.keep_off(vmm.pid)
-            if aside.why_not:
-                progress(f"the guest may notice the handover: {aside.why_not}")
         except BaseException:
             vmm.end()  # nobody has told the old VMM of it
             raise

@@ -1,18 +1,19 @@
 /*
- * hlt: a halted vCPU wakes up by an interrupt and by nothing else. Now and then, when the LAPIC timer is due within two
- * milliseconds, the vCPU halts until it comes. Halting is no gap, but waking up late is: the turn's clock goes on from the due
+ * hlt: a halted vCPU wakes up by an interrupt and by nothing else. Every `halt_every_us`, when the LAPIC timer is due within
+ * `halt_us`, the vCPU halts until it comes. Halting is no gap, but waking up late is: the turn's clock goes on from the due
  * time. Where: nothing. Expected, seen: interrupts that this vCPU has had.
  */
+#include "boot.h"
 #include "cpu.h"
 #include "sentinel.h"
 
-#define LONGEST_US 2000
-#define BETWEEN_US 50000
-
+static u64 longest, every; /* TSC cycles */
 static u64 halted_at[MAX_CPUS];
 
 static bool prepare(void)
 {
+	longest = microseconds(option_number("halt_us", 2000));
+	every = microseconds(option_number("halt_every_us", 50000));
 	return results.checks[CHECK_TIMER].state == CHECK_ON;
 }
 
@@ -33,12 +34,12 @@ static void turn(struct vcpu *v)
 {
 	u64 due, now;
 
-	if (v->now - halted_at[v->index] < microseconds(BETWEEN_US))
+	if (v->now - halted_at[v->index] < every)
 		return;
 	interrupts_off();
 	now = rdtsc();
 	due = timer_due(v);
-	if (due > now && due - now < microseconds(LONGEST_US)) {
+	if (due > now && due - now < longest) {
 		halted_at[v->index] = now;
 		halt(v);
 	} else {

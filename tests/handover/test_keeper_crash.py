@@ -302,6 +302,26 @@ def test_the_next_vmm_listens_to_irqfds_that_the_last_one_had_released(tmp_socke
     close_machine(machine)
 
 
+def test_the_next_vmm_tells_the_keeper_what_the_last_one_could_not(tmp_socket_dir: Path) -> None:
+    """It was killed after it had taken the guest, and before it told of its own --orphan-timeout."""
+    path = tmp_socket_dir / "keeper.sock"
+    with listen(str(path), "keeper", socket.SOCK_SEQPACKET) as listener:
+        port = KeeperPort.start(listener)
+    fds = FdStore()
+    fds.deposit(port)
+    machine = one_machine(fds, port, Origin.NEW)
+    machine.start()
+    machine.state.orphan_ms = 300
+    keeper = port.pid
+    close_machine(machine, for_good=False)
+    fds = FdStore()
+    machine = one_machine(fds, find_keeper(str(path), fds), Origin.ADOPTED)
+    machine.resume(running=True, after_crash=True)
+    assert not ended(keeper)
+    close_machine(machine, for_good=False)
+    wait_for("the keeper's end", lambda: ended(keeper))
+
+
 def one_machine(fds: FdStore, port: Port, origin: Origin) -> Machine:
     """A ticker whose serial line is nobody's."""
     return Machine(

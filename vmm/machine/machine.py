@@ -706,6 +706,7 @@ class Machine:
             state = self.arena.place("serial", 0, SerialState)
             self._irq(COM1_IRQ).set(bool(state.irq_level))  # it may not have come to that
             self.irqfds.release()  # as the last VMM may have done, or not: they are given to the VM again
+            self.live_on()  # as the last VMM was told to; the keeper may not have been
         if self.state.reset_pending or not running:
             self._gather()
 

@@ -66,7 +66,7 @@ class Peer:
     def start(self) -> None:
         """Nothing to start."""
 
-    hold = freeze = thaw = close = start
+    hold = quiet = freeze = thaw = close = start
 
     def turn(self) -> None:
         with self.lock:

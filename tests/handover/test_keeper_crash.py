@@ -342,8 +342,10 @@ def close_machine(machine: Machine, *, for_good: bool = True) -> None:
     machine.fds.close()
 
 
-def test_a_keeper_that_dies_ends_its_vmm(guest: KeptGuest) -> None:
-    guest.run()
+@pytest.mark.parametrize("rate", [20, 2000], ids=["seldom heard", "in the middle of an exit"])
+def test_a_keeper_that_dies_ends_its_vmm(guest: KeptGuest, rate: int) -> None:
+    guest.run(append=f"rate={rate}")
+    guest.hear()
     os.kill(guest.keeper, signal.SIGKILL)
     assert guest.vmm.wait(5) == HostError.exit_code, guest.vmm.output()
     assert "the keeper of the VM has ended" in guest.vmm.stderr

@@ -234,6 +234,18 @@ def test_a_new_vmm_answers_while_it_waits(stage: Stage) -> None:
     assert not os.path.lexists(new.monitor)
 
 
+def test_nobody_resets_a_guest_that_is_anothers(stage: Stage) -> None:
+    """The flag would lie in the state that both VMMs have, until the guest is stopped the next time."""
+    old, new = stage.start(), stage.await_guest()
+    assert stage.migrate(old, new)["status"] == "completed"
+    with pytest.raises(QmpError, match="handed over"):
+        old.client.execute("system_reset")
+    for command in ("stop", "cont"):
+        new.client.execute(command)
+    stage.hear()
+    assert new.client.execute("x-vmm-stats")["resets"] == 0
+
+
 def test_sockets_are_private(stage: Stage) -> None:
     new = stage.await_guest()
     wait_for("the cpr socket", new.cpr.exists)

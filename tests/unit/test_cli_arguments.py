@@ -52,6 +52,10 @@ CONFIG = {
     "a bad serial line": ('serial = "telephone"', "'telephone' is not a character device"),
     "a bad page size": ('hugepages = "3M"', "hugepages: '3M' is not a page size"),
     "a bad interrupt controller": ('irqchip = "none"\ncpus = 2', "irqchip: 'none'"),
+    "an orphan timeout that no poll can wait for": ("orphan_timeout = 1209600", "orphan timeout: 1.2096e"),
+    "a negative orphan timeout": ("orphan_timeout = -1", "orphan timeout: -1 s"),
+    "an orphan timeout that is no number": ("orphan_timeout = nan", "orphan timeout: nan s"),
+    "an orphan timeout of nearly nothing": ("orphan_timeout = 0.0001", "orphan timeout: 0.0001 s"),
     "a long command line": (f'append = "{"a" * 5000}"', "append"),
 }
 

@@ -281,6 +281,32 @@ def test_nothing_goes_out_before_start_or_while_frozen(host: Host, tmp_path: Pat
     assert path.read_bytes() == b"one two "
 
 
+def test_output_and_nothing_else_flows_while_quiet(host: Host, path: Path) -> None:
+    front = host.open(f"unix:{path}")
+    with connect(path) as peer:
+        host.loop.until(lambda: front.say(b"before "))
+        front.chardev.quiet()
+        calls = front.calls
+        peer.send(b"input")
+        assert front.say(b"while ")
+        assert_quiet(host.loop, front)
+        assert front.calls == calls
+        front.chardev.freeze()
+        assert not front.say(b"after")
+        front.chardev.thaw()
+        host.loop.until(lambda: front.got == b"input")
+
+
+def test_a_new_vmms_output_flows_before_it_starts(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    front = host.open(f"file:{path}", start=False)
+    front.chardev.quiet()
+    assert front.say(b"one")
+    front.chardev.start()
+    assert front.say(b" two")
+    assert path.read_bytes() == b"one two"
+
+
 def test_last_words_go_out_at_the_end(host: Host) -> None:
     with pipes() as (stdin, _, screen, stdout), standard(stdin, stdout):
         front = host.open("stdio")

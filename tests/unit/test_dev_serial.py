@@ -75,7 +75,7 @@ class Peer:
     def close(self) -> None:
         """Nothing to end."""
 
-    hold = freeze = thaw = close
+    hold = quiet = freeze = thaw = close
 
     def type(self, data: bytes) -> None:
         """Input arrives; it is announced for as long as the device reads."""

@@ -208,3 +208,17 @@ def test_what_the_guest_has_used(fds: FdStore) -> None:
         (high, high.size - page, page),
     ]
     memory.close()
+
+
+def test_memory_is_cleared_where_there_is_any(fds: FdStore) -> None:
+    memory = GuestMemory.map(fds, 4 * GIB)
+    page = os.sysconf("SC_PAGESIZE")
+    memory.write(8 * MIB - 1, b"abc")
+    memory.write(512 * MIB - 2, b"defg")
+    before = list(memory.populated())
+    memory.clear(8 * MIB, 504 * MIB)
+    assert memory.read(8 * MIB - 1, 3) == b"a\0\0"
+    assert memory.read(512 * MIB - 2, 4) == b"\0\0fg"
+    assert list(memory.populated()) == before
+    assert sum(size for _, _, size in before) <= 4 * page
+    memory.close()

@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     values = given_values(arguments)
     keeper = _process_option(values, arguments, "keeper", bool, True)
-    orphan_timeout_s = _process_option(values, arguments, "orphan_timeout", float, 0.0)
+    orphan_timeout_s = _orphan_timeout(_process_option(values, arguments, "orphan_timeout", float, 0.0))
     restart = _process_option(values, arguments, "restart", str, "never")
     values = checked(values)
     incoming = _incoming(arguments.incoming) if arguments.incoming else None
@@ -229,6 +229,16 @@ def _process_option(
     if not isinstance(in_file, (int, float) if kind is float else kind):
         raise ConfigError(f"configuration: {key} is {in_file!r}; it takes a {kind.__name__}")
     return in_file
+
+
+def _orphan_timeout(seconds: float) -> float:
+    from vmm.machine.ports import ORPHAN_MAX_S
+
+    if seconds != 0 and not 0.001 <= seconds <= ORPHAN_MAX_S:  # NaN is none of these
+        raise ConfigError(
+            f"orphan timeout: {seconds:g} s; 0.001 to {ORPHAN_MAX_S:.0f}, or 0, for ever"
+        )
+    return seconds
 
 
 def qmp_path(text: str) -> str:

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import ClassVar, Protocol
 
 from vmm.boot.image import Image, load_image, open_image, resolve_kernel
@@ -38,6 +38,7 @@ from vmm.machine.config import MachineConfig, keep_config
 from vmm.machine.hypervisor import Hypervisor, Origin
 from vmm.machine.irqfd import GsiRoutes, IrqFds
 from vmm.machine.journal import Journal, JournaledReactor
+from vmm.machine.ports import ORPHAN_MAX_S
 from vmm.machine.posted import PostedWrites
 from vmm.machine.runstate import RunState, check_transition
 from vmm.machine.vcpu_thread import VcpuThread
@@ -237,6 +238,7 @@ class Machine:
         self._lock = threading.RLock()
         self._resume_to = RunState.RUNNING
         self._keeps_running = False
+        self._let_go = False  # another VMM may have the guest
         self._turn: AbstractContextManager[object] = threading.Lock() if port.outlives else nullcontext()
         if origin is Origin.NEW and image is None:
             image = load_kernel(config, fds)  # a bad one is refused before any VM is
@@ -333,7 +335,7 @@ class Machine:
         kernel_irqchip = self.config.irqchip == "kernel"
         if again:
             for segment in image.segments:
-                self.memory.write(segment.gpa, bytes(segment.memory_size))
+                self.memory.clear(segment.gpa, segment.memory_size)
         regions = layout(self.config.memory)
         prepare_memory(
             self.memory.write,
@@ -390,7 +392,7 @@ class Machine:
 
     def live_on(self) -> None:
         """Have the VM live on without a VMM, where it can, for as long as the state says."""
-        self.hypervisor.port.live_on(self.state.orphan_ms / 1000)
+        self.hypervisor.port.live_on(min(self.state.orphan_ms / 1000, ORPHAN_MAX_S))
 
     def _settle_in(self) -> None:
         """From here on the guest lives in this VM, and nowhere else: one that is its home must live on."""
@@ -425,9 +427,15 @@ class Machine:
 
     def reset(self) -> bool:
         """Start the guest afresh from its image, RAM otherwise kept. Whether it was done: in the middle of a
-        handover the next VMM does it.
+        handover the next VMM does it. Raises HandoverError where the guest is another VMM's.
         """
         with self._lock:
+            if self.run_state is RunState.INMIGRATE:
+                raise HandoverError("the guest is still another VMM's; wait until it has arrived")
+            if self._let_go:
+                raise HandoverError(
+                    "the guest was handed over and runs in another VMM; this one can only quit"
+                )
             self.state.reset_pending = 1
             return self.reset_if_due()
 
@@ -496,15 +504,22 @@ class Machine:
     def close(self, *, for_good: bool) -> None:
         """End the threads and give everything but the fds back; with `for_good`, the VM itself ends too.
 
-        After this only `fds.close()` is left to do.
+        After this only `fds.close()` is left to do. Raises VmmError where a vCPU does not end, or the VM
+        lives on; all else is done.
         """
-        with self._lock:
+        with self._lock, ExitStack() as rest:
+            stuck = []
             for thread in self.threads:
-                thread.finish()
+                try:
+                    thread.finish()
+                except VmmError as error:
+                    stuck.append(error)
+            rest.callback(self.hypervisor.port.close if stuck else self.hypervisor.close, for_good=for_good)
+            rest.callback(self.chardev.close)
             if not for_good and self.run_state not in (RunState.INMIGRATE, RunState.POSTMIGRATE):
                 self.chardev.freeze()  # it is the next VMM's to tidy up
-            self.chardev.close()
-            self.hypervisor.close(for_good=for_good)
+            if stuck:
+                raise stuck[0]
 
     # --- the handover's calls ---
 
@@ -568,11 +583,12 @@ class Machine:
             self._enter(RunState.FINISH_MIGRATE)
             try:
                 self.tracer.mark("pause")
-                self.chardev.freeze()  # first: from here on nothing but a vCPU moves an interrupt line
+                self.chardev.quiet()  # first: from here on nothing but a vCPU moves an interrupt line
                 if keep_running:
                     self._leave_vcpus(was is RunState.RUNNING)
                 else:
                     self._save()
+                self.chardev.freeze()  # not before: a vCPU that is being stopped may print
                 self.tracer.mark("vcpus-saved")
                 if self.state.ended:
                     raise HandoverError("the guest ended while it was being stopped")
@@ -629,6 +645,7 @@ class Machine:
     def roll_back(self) -> None:
         """The handover failed after `quiesce`: be as before it."""
         with self._lock:
+            self._let_go = False
             if self._keeps_running:
                 self.hypervisor.port.attach()
                 if self.state.reset_pending:
@@ -641,8 +658,9 @@ class Machine:
             self.tracer.mark("rolled-back")
 
     def let_go(self) -> None:
-        """The commit: from here on another VMM may drive the very VM."""
+        """The commit: from here on another VMM may have the guest, and drive the very VM."""
         with self._lock:
+            self._let_go = True
             if self._keeps_running:
                 self.hypervisor.port.detach()
 
@@ -681,6 +699,7 @@ class Machine:
                     self.posted.begin_anew()
                 self._settle_in()
             self.arena.settle()
+            self.chardev.quiet()  # a vCPU may print at once; the rest can wait for it to run
             if after_crash and self.state.ended:
                 self._enter(RunState.PAUSED)
                 self._listener.guest_exited(self.state.exit_status, "guest-shutdown")

@@ -19,6 +19,7 @@ from vmm.sockets import listen
 
 __all__ = [
     "KEEPER_PROTOCOL",
+    "ORPHAN_MAX_S",
     "Port",
     "adopt_from_keeper",
     "direct_port",
@@ -31,6 +32,7 @@ __all__ = [
     "take_keeper",
 ]
 
+ORPHAN_MAX_S = keeper.ORPHAN_MAX_MS / 1000
 KEEPER_PROTOCOL = keeper.PROTOCOL  # what a VMM and a keeper must agree on; none before it is understood
 
 # Where a received fd must be the file that the keeper has, for the guest's memory and state are in it

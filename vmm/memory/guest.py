@@ -133,6 +133,14 @@ class GuestMemory:
                 end = min(os.lseek(region.fd, start, os.SEEK_HOLE), region.size)
                 yield from ((region, at, min(PIECE, end - at)) for at in range(start, end, PIECE))
 
+    def clear(self, gpa: int, length: int) -> None:
+        """Zero `length` bytes at `gpa`; what was never written stays a hole."""
+        for region, offset, size in self.populated():
+            start = max(gpa, region.gpa + offset)
+            end = min(gpa + length, region.gpa + offset + size)
+            if start < end:
+                self.write(start, bytes(end - start))
+
     @property
     def size(self) -> int:
         """Bytes of RAM in all."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable
 from pathlib import Path
 
 from vmm.boot.image import Image
 from vmm.cpr.token import RunToken
-from vmm.errors import HostError, VmmError
+from vmm.errors import HostError, PeerError, VmmError
 from vmm.fds import FdStore
 from vmm.machine.config import MachineConfig
 from vmm.machine.hypervisor import Origin
@@ -143,6 +144,12 @@ class Guest:
         """Whether its VM is in another process."""
         return self.machine is not None and self.machine.hypervisor.port.outlives
 
+    def has_ended(self, within_s: float) -> bool:
+        """Whether its VM's process has ended, or does in that time: a dying one closes its sockets first."""
+        assert self.machine is not None
+        lifeline = self.machine.hypervisor.port.lifeline
+        return lifeline is not None and bool(select.select([lifeline], [], [], within_s)[0])
+
     def _claim(self) -> None:
         if not self._claimed:
             self._claimed = True
@@ -153,7 +160,7 @@ class Guest:
         self._let_go_of_lifeline()
         port.lost()
         if self.ours and self.may_run:
-            self._crashed(HostError("the keeper of the VM has ended, and the guest with it"))
+            self._crashed(keeper_ended())
 
     def _let_go_of_lifeline(self) -> None:
         if self._lifeline is not None:
@@ -170,7 +177,11 @@ class Guest:
         self.end_spare()
         if self.machine is not None:
             stale = self.moved_out and not self.machine.is_home
-            self.machine.close(for_good=self._ends_vm or stale)
+            try:
+                self.machine.close(for_good=self._ends_vm or stale)
+            except PeerError:  # it could not be ended: whoever looks for it is to find it
+                self.let_go()
+                raise
 
     def give_up(self) -> None:
         """Close what others may wait for, last of all: what it is found by, its run token, its fds."""
@@ -179,3 +190,8 @@ class Guest:
         if self.token is not None:
             self.token.close()
         self.fds.close()
+
+
+def keeper_ended() -> HostError:
+    """What a VMM ends with whose guest has gone with its keeper."""
+    return HostError("the keeper of the VM has ended, and the guest with it")

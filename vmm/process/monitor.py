@@ -84,7 +84,7 @@ class Monitor:
     def reset(self) -> None:
         """QMP `system_reset`."""
         _guarded(self._machine().memory.check_mapped)  # the image goes there again
-        self._on_reset()
+        _guarded(self._on_reset)
 
     def inject_nmi(self) -> None:
         """QMP `inject-nmi`."""

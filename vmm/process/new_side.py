@@ -6,11 +6,12 @@ import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from vmm.cpr import incoming
 from vmm.cpr.live import Choice, IncomingMachine, LiveIncoming, refusal, run
 from vmm.cpr.token import RunToken
-from vmm.errors import HandoverError, PeerError
+from vmm.errors import HandoverError, PeerError, VmmError
 from vmm.fds import FdStore
 from vmm.machine.config import decode, differences
 from vmm.machine.hypervisor import Origin
@@ -29,18 +30,21 @@ log = logging.getLogger(__name__)
 
 class _View:
     """The machine as an incoming handover sees it; `held` says that it is to stay paused on arrival,
-    `resumed` hears that it is served.
+    `resumed` hears that it is served, and what it arrived by: whether it ran, and what `held` said.
     """
 
-    def __init__(self, machine: Machine, held: Callable[[], bool], resumed: Callable[[], None]) -> None:
+    def __init__(
+        self, machine: Machine, held: Callable[[], bool], resumed: Callable[[bool, bool], None]
+    ) -> None:
         self._machine = machine
         self._held = held
         self._resumed = resumed
         self.load = machine.load
 
     def resume(self, *, running: bool) -> None:
-        self._machine.resume(running=running and not self._held())
-        self._resumed()
+        held = self._held()
+        self._machine.resume(running=running and not held)
+        self._resumed(running, held)
 
 
 @dataclass
@@ -135,7 +139,7 @@ class NewSide(Side):
             machine = guest.make(config, port, Origin.ADOPTED)
         unused = OLD_VM_FDS if choice.probe == WORKS else frozenset()  # a keeper's, which is not needed then
         refuse_surplus([row for row in surplus(fds) if row[0] not in unused])
-        return _View(machine, lambda: guest.held, lambda: self.loop.post(guest.own)), choice
+        return _View(machine, lambda: guest.held, partial(self.loop.post, self._arrived)), choice
 
     def _choose(self, fds: FdStore) -> Choice:
         """Adopt or rebuild: by what the kernel says, what there is, and what was asked for."""
@@ -158,6 +162,17 @@ class NewSide(Side):
 
     # --- the loop's thread ---
 
+    def _arrived(self, ran: bool, held: bool) -> None:
+        """It is here; what the monitor was told of it meanwhile is done now."""
+        self.guest.own()
+        machine = self.guest.machine
+        assert machine is not None
+        if ran and held != self.guest.held and not self.loop.ending:
+            try:
+                machine.stop() if self.guest.held else machine.cont()
+            except VmmError as error:
+                log.warning("%s: %s", "stop" if self.guest.held else "cont", error)
+
     def _received(self) -> None:
         if self.loop.ending:  # the guest has ended already
             return
@@ -174,6 +189,9 @@ class NewSide(Side):
                 log.warning("the keeper that the guest was in: %s", error)
         elif self.options.orphan_timeout_s:
             self._tell_keeper()
+        name = self.guest.machine.config.name if self.guest.machine else None
+        if name is not None and "name" not in self.options.given:
+            log.warning("the guest is named %r, this VMM is not: nobody finds it by --name %s", name, name)
         if self.migration.error is None:
             log.info("the guest runs here")
         else:

@@ -6,12 +6,13 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 
-from vmm.errors import GuestCrash, VmmError
+from vmm.errors import GuestCrash, HandoverError, PeerError, VmmError
 from vmm.machine.machine import Machine
 from vmm.machine.runstate import RunState
 from vmm.process.attaching import attach
-from vmm.process.guest import Guest
+from vmm.process.guest import Guest, keeper_ended
 from vmm.process.loop import Loop
 from vmm.process.migration import Migration
 from vmm.process.monitor import Monitor
@@ -80,14 +81,15 @@ class VmmProcess:
             log.info("sandbox: %s", ", ".join(report.done))
 
     def _close(self) -> None:
-        self._old_side.cancel("the VMM is ending")
-        self._new_side.cancel("the VMM is ending")
-        self._migration.join()
-        self._guest.close()
-        self._new_side.close()
-        self._server.close()
-        self._loop.close()
-        self._guest.give_up()
+        with ExitStack() as rest:  # the last one first, and each whatever becomes of the others
+            rest.callback(self._guest.give_up)
+            rest.callback(self._loop.close)
+            rest.callback(self._server.close)
+            rest.callback(self._new_side.close)
+            rest.callback(self._guest.close)
+            rest.callback(self._migration.join)
+            self._old_side.cancel("the VMM is ending")
+            self._new_side.cancel("the VMM is ending")
 
     # --- MachineListener: any thread ---
 
@@ -143,10 +145,12 @@ class VmmProcess:
             self._guest.machine.settle(state)
 
     def _on_failure(self, error: BaseException) -> None:
-        if self._guest.lives_without_us and not self._loop.ending:
-            self._leave_guest(error, VmmError.exit_code)
-        else:
+        if self._loop.ending or not self._guest.lives_without_us:
             self._crashed(error)
+        elif self._guest.has_ended(within_s=1.0 if isinstance(error, PeerError) else 0.0):
+            self._crashed(keeper_ended())
+        else:
+            self._leave_guest(error, VmmError.exit_code)
 
     def _leave_guest(self, why: object, status: int) -> None:
         """End this process, but not the guest, which lives on where the next VMM finds it."""
@@ -166,7 +170,9 @@ class VmmProcess:
         assert self._guest.machine is not None
         try:
             done = reset(self._guest.machine)
-        except (VmmError, OSError) as error:
+        except HandoverError:  # it is not ours to reset: nothing has happened
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever it was: half a reset is no guest
             self._crashed(error)
             return
         if done:

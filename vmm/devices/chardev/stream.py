@@ -28,18 +28,21 @@ class Phase(Enum):
     IDLE = "idle"
     RUNNING = "running"
     HELD = "held"
+    QUIET = "quiet"
     FROZEN = "frozen"
     CLOSED = "closed"
 
 
 LIVE = frozenset({Phase.RUNNING, Phase.HELD})
+WRITABLE = LIVE | {Phase.QUIET}
 
 # transition -> the phases it may start from, the phase it leads to
 TRANSITIONS: dict[str, tuple[frozenset[Phase], Phase]] = {
-    "start": (frozenset({Phase.IDLE}), Phase.RUNNING),
+    "start": (frozenset({Phase.IDLE, Phase.QUIET}), Phase.RUNNING),
     "hold": (LIVE, Phase.HELD),
-    "freeze": (LIVE | {Phase.FROZEN}, Phase.FROZEN),
-    "thaw": (LIVE | {Phase.FROZEN}, Phase.RUNNING),
+    "quiet": (LIVE | {Phase.IDLE}, Phase.QUIET),
+    "freeze": (WRITABLE | {Phase.FROZEN}, Phase.FROZEN),
+    "thaw": (WRITABLE | {Phase.FROZEN}, Phase.RUNNING),
     "close": (frozenset(Phase), Phase.CLOSED),
 }
 
@@ -55,7 +58,8 @@ class Stream:
         self._on_readable: Callable[[], object] = _nothing
         self._on_writable: Callable[[], object] = _nothing
         self._phase = Phase.IDLE
-        self._live = False  # `_phase in LIVE`, for the path of every printed byte
+        self._live = False  # `_phase in LIVE`
+        self._writable = False  # `_phase in WRITABLE`, for the path of every printed byte
         self._reading = True  # the device has room for input
         self._writing = False  # the device has output that did not go out
         self._ended = False  # the input is at its end
@@ -81,7 +85,7 @@ class Stream:
         self._on_writable = on_writable
 
     def start(self) -> None:
-        """IDLE -> RUNNING."""
+        """IDLE or QUIET -> RUNNING."""
         with self.lock:
             self._go("start")
             self._opened()
@@ -93,13 +97,18 @@ class Stream:
         with self.lock:
             self._go("hold")
 
+    def quiet(self) -> None:
+        """IDLE, RUNNING or HELD -> QUIET."""
+        with self.lock:
+            self._go("quiet")
+
     def freeze(self) -> None:
-        """RUNNING or HELD -> FROZEN."""
+        """RUNNING, HELD or QUIET -> FROZEN."""
         with self.lock:
             self._go("freeze")
 
     def thaw(self) -> None:
-        """HELD or FROZEN -> RUNNING."""
+        """HELD, QUIET or FROZEN -> RUNNING."""
         with self.lock:
             self._go("thaw")
             self._ended = False  # what ended while held is met again, and then acted upon
@@ -122,6 +131,7 @@ class Stream:
             raise VmmError(f"{self.label}: {transition} while {self._phase.value}")
         self._phase = target
         self._live = target in LIVE
+        self._writable = target in WRITABLE
 
     def _opened(self) -> None:
         """For backends: the guest is this VMM's from here on."""
@@ -133,7 +143,7 @@ class Stream:
 
     def write(self, data: bytes) -> int:
         """Bytes taken; 0 where it would block."""
-        if not self._live:
+        if not self._writable:
             return 0
         if self._output is None:
             return len(data)
@@ -197,7 +207,7 @@ class Stream:
             finally:
                 self._sync()
 
-    def _writable(self) -> None:
+    def _room(self) -> None:
         with self.lock:
             self._sync_due = True
             try:
@@ -244,7 +254,7 @@ class Stream:
         if self._watched_out is not None:
             self._reactor.remove_writer(self._watched_out)
         if fd is not None:
-            self._reactor.add_writer(fd, self._writable)
+            self._reactor.add_writer(fd, self._room)
         self._watched_out = fd
 
 

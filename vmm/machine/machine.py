@@ -316,16 +316,13 @@ class Machine:
         self.pio.attach(DEBUG_EXIT_PORT, 4, DebugExit(self._debug_exit), "debug-exit")
         self.pio.attach(I8042_PORT, 5, I8042(self.guest_reset), "i8042")
         reset_control = ResetControl(self.arena, self.guest_reset)
-        self.pio.attach(
-            RESET_CONTROL_PORT,
-            RESET_PORTS,
-            reset_control,
-            "reset-control",
-            self.arena.place("reset", 0, ResetState),
-        )
+        control = self.arena.place("reset", 0, ResetState)
+        self.pio.attach(RESET_CONTROL_PORT, RESET_PORTS, reset_control, "reset-control", control)
+        self._zero_at_reset: list[ctypes.Structure] = [control]
         self.pio.attach(POWER_OFF_PORT, 2, PowerOff(self._power_off), "power-off")
         if self.config.testdev:
             device, counts = TestDevice(self.arena), self.arena.place("testdev", 0, TestState)
+            self._zero_at_reset.append(counts)
             ports, registers = device.ports, device.registers
             self.pio.attach(TESTDEV_PORT, TESTDEV_PORTS, ports, "testdev", counts, ports.posted)
             self.mmio.attach(TESTDEV_PAGE, TESTDEV_PAGE_SIZE, registers, "testdev", counts, registers.posted)
@@ -457,6 +454,8 @@ class Machine:
         image = load_kernel(self.config, self.fds)
         self.hypervisor.restore_birth_state()
         self.serial.reset()
+        for state in self._zero_at_reset:
+            ctypes.memset(ctypes.byref(state), 0, ctypes.sizeof(state))
         self._boot(image, again=True)
         self.state.resets += 1
         self.state.reset_pending = 0

@@ -1,4 +1,4 @@
-"""What a machine does while its vCPUs are being stopped, or let go again."""
+"""What a machine does while its vCPUs are being stopped or let go, in a reset, at the end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 
 from tests.handover.rig import rig
 from tests.patience import at_most
+from vmm.devices.reset import ResetState
+from vmm.devices import testdev
 from vmm.errors import VmmError
-from vmm.machine.machine import COM1_PORT, Machine
+from vmm.machine.machine import COM1_PORT, RESET_CONTROL_PORT, TESTDEV_PORT, Machine
 from vmm.machine.vcpu_thread import VcpuThread
 
 pytestmark = pytest.mark.kvm
@@ -42,6 +44,24 @@ def test_a_guest_that_looks_at_no_status_bit_is_heard(
         for count in range(1, 4):
             one.hand_over()
             assert out.read_bytes().count(b"#") == count * AT_ONCE
+
+
+def test_devices_are_new_after_a_reset() -> None:
+    with rig(kernel="sentinel", append="checks=counter pattern=1M", testdev=True) as one:
+        first = one.wait_for(lambda results: True).start_tsc
+        machine = one.machine
+        machine.stop()
+        machine.pio.write(TESTDEV_PORT, b"\x55\0\0\0")
+        machine.pio.write(RESET_CONTROL_PORT + 1, b"\x02")
+        states = (
+            machine.arena.place("testdev", 0, testdev.TestState),
+            machine.arena.place("reset", 0, ResetState),
+        )
+        assert all(any(bytes(state)) for state in states)
+        machine.reset()
+        assert not any(any(bytes(state)) for state in states)
+        machine.cont()
+        one.wait_for(lambda results: results.start_tsc > first)
 
 
 def test_all_else_is_given_back_where_a_vcpu_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from tests.handover.rig import rig
 from tests.patience import at_most
-from vmm.devices.reset import ResetState
 from vmm.devices import testdev
+from vmm.devices.reset import ResetState
 from vmm.errors import VmmError
 from vmm.machine.machine import COM1_PORT, RESET_CONTROL_PORT, TESTDEV_PORT, Machine
 from vmm.machine.vcpu_thread import VcpuThread
@@ -51,7 +51,7 @@ def test_devices_are_new_after_a_reset() -> None:
         first = one.wait_for(lambda results: True).start_tsc
         machine = one.machine
         machine.stop()
-        machine.pio.write(TESTDEV_PORT, b"\x55\0\0\0")
+        machine.pio.write(TESTDEV_PORT + testdev.STREAM[0], b"U")
         machine.pio.write(RESET_CONTROL_PORT + 1, b"\x02")
         states = (
             machine.arena.place("testdev", 0, testdev.TestState),

@@ -1,5 +1,6 @@
 /*
- * control: control registers and the descriptor tables' registers. CR2 and CR8 are rewritten, the others stay as they were.
+ * control: control registers and the descriptor tables' registers. CR8 is looked at and rewritten in every turn, CR2 in its
+ * own; the others stay as they were.
  * Where: 0, 2, 3, 4 or 8 for CRn, 10 GDTR, 11 IDTR, 12 the selectors of CS, SS and TR.
  */
 #include "boot.h"
@@ -15,7 +16,6 @@ static struct {
 	u64 round;
 	u64 expected[PLACES];
 } held[MAX_CPUS];
-static bool has_cr8;
 
 static u64 mixed(struct descriptor_pointer *pointer)
 {
@@ -37,7 +37,7 @@ static u64 read(u32 place)
 	case 4:
 		return read_cr4();
 	case 8:
-		return has_cr8 ? read_cr8() : 0;
+		return read_cr8();
 	case GDTR:
 		__asm__ volatile("sgdt %0" : "=m"(pointer));
 		return mixed(&pointer);
@@ -53,10 +53,12 @@ static u64 read(u32 place)
 	return 0;
 }
 
-static bool prepare(void)
+/* It is the LAPIC's task priority: 0 and 1 keep off no vector from 0x20 up. Without a LAPIC nothing is kept off. */
+static u64 next_cr8(u64 before)
 {
-	has_cr8 = boot_info()->flags & BOOT_IRQCHIP; /* its value is the LAPIC's task priority */
-	return true;
+	if (boot_info()->flags & BOOT_IRQCHIP)
+		return before ^ 1;
+	return before > 1 ? before - 1 : 15;
 }
 
 static void begin(struct vcpu *v)
@@ -65,18 +67,25 @@ static void begin(struct vcpu *v)
 		held[v->index].expected[place] = read(place);
 }
 
+static void turn_cr8(struct vcpu *v)
+{
+	u64 *expected = &held[v->index].expected[8];
+
+	expect(v, CHECK_CONTROL, *expected, read_cr8(), 8);
+	*expected = next_cr8(*expected);
+	write_cr8(*expected);
+}
+
 static void turn(struct vcpu *v)
 {
 	u32 place = held[v->index].next;
 	u64 *expected = &held[v->index].expected[place], *round = &held[v->index].round;
 
+	turn_cr8(v);
 	expect(v, CHECK_CONTROL, *expected, read(place), place);
 	if (place == 2) {
 		*expected = unlike(v->index, place, *round) & CANONICAL;
 		write_cr2(*expected);
-	} else if (place == 8 && has_cr8) {
-		*expected ^= 1; /* no vector below 0x20 interrupts here anyway */
-		write_cr8(*expected);
 	}
 	if (++held[v->index].next == PLACES) {
 		held[v->index].next = 0;
@@ -88,7 +97,6 @@ static void turn(struct vcpu *v)
 const struct check check_control = {
 	.id = CHECK_CONTROL,
 	.name = "control",
-	.prepare = prepare,
 	.begin = begin,
 	.turn = turn,
 };

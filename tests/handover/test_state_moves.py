@@ -4,6 +4,7 @@ is refused, with the guest unharmed.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +26,7 @@ from tests.native import need_native_instructions
 from tests.patience import at_most
 from vmm.boot.cpuid import KVM_FEATURES_LEAF, PV_UNHALT, CpuidEntry, guest_cpuid
 from vmm.errors import HandoverError, StateError, VmmError
-from vmm.kvm import Cap, IoctlError, MpState, Vm, abi
+from vmm.kvm import Cap, IoctlError, MpState, Vcpu, Vm, abi, sized
 from vmm.machine import kvm_state
 from vmm.machine import lapic_state as lapic
 from vmm.machine.cpuid_state import kept_cpuid
@@ -42,6 +44,9 @@ SENTINEL = {"kernel": "sentinel", "testdev": True}
 GSI = 10  # a line of the slave PIC that nothing drives
 MSI_VECTOR = 0x66
 MSI_ADDRESS = 0xFEE0_0000  # to APIC id 0, physical
+NESTED_FORMAT_SVM, NESTED_GUEST_MODE, NESTED_GIF_SET = 1, 1 << 0, 1 << 8  # asm/kvm.h
+EFER_SVME, CR4_VMXE = 1 << 12, 1 << 13
+IA32_FEATURE_CONTROL, VMXON_ALLOWED = 0x3A, 5  # locked, outside SMX
 
 
 def settled(one: Rig, turns: int = 60) -> None:
@@ -489,6 +494,22 @@ def test_machines_with_fewer_chips(irqchip: str, cpus: int) -> None:
         assert one.results().errors == 0
 
 
+def test_cr8_without_a_lapic_after_a_reset() -> None:
+    """KVM_RUN takes it from the run page, which still has the guest's."""
+    with rig(**SENTINEL, irqchip="none", append="checks=control pattern=1M") as one:
+        settled(one)
+        one.machine.stop()
+        [vcpu], [thread] = one.machine.hypervisor.vcpus, one.machine.threads
+        sregs, settles = abi.kvm_sregs(), SimpleQueue[None]()
+        vcpu.get_sregs(sregs)
+        assert sregs.cr8
+        one.machine.reset()
+        thread.submit(lambda: settles.put(thread.settle()))
+        settles.get(timeout=at_most(20))
+        vcpu.get_sregs(sregs)
+        assert not sregs.cr8
+
+
 # --- time ---
 
 
@@ -665,6 +686,71 @@ def test_a_guest_that_was_moved_can_be_reset() -> None:
         one.hand_over()
         first_tsc = one.results().start_tsc
         one.machine.reset()
+        one.wait_for(lambda results: results.start_tsc > first_tsc)
+        settled(one)
+        assert one.results().errors == 0
+
+
+def enter_guest(vcpu: Vcpu, state: Any) -> None:
+    """A vCPU's nested state, `state` being as yet untouched: it runs a guest (SVM), or did VMXON (VMX)."""
+    sregs = abi.kvm_sregs2()
+    vcpu.get_sregs2(sregs)
+    if state.format != NESTED_FORMAT_SVM:
+        sregs.cr4 |= CR4_VMXE
+        vcpu.set_sregs2(sregs)
+        msr = sized(abi.kvm_msrs, 1)(nmsrs=1)
+        msr.entries[0] = abi.kvm_msr_entry(index=IA32_FEATURE_CONTROL, data=VMXON_ALLOWED)
+        assert vcpu.set_msrs(msr) == 1
+        state.hdr.vmx.vmxon_pa = 0x1000
+        vcpu.set_nested_state(state)
+        return
+    sregs.efer |= EFER_SVME
+    vcpu.set_sregs2(sregs)
+    state.flags |= NESTED_GUEST_MODE
+    state.size = ctypes.sizeof(state)
+    state.hdr.svm.vmcb_pa = 0x1000
+    for offset, value in (  # AMD64 APM vol. 2, appendix B
+        (0x10, 1),  # VMRUN is intercepted
+        (0x58, 1),  # ASID
+        (0x464, 0x77),  # limit of GDTR
+        (0x484, 0x77),  # and IDTR
+        (0x4D0, EFER_SVME),
+        (0x558, 0x8000_0011),  # CR0: PG, ET, PE
+        (0x570, 2),  # RFLAGS
+    ):
+        ctypes.c_uint32.from_buffer(state.data, offset).value = value
+    vcpu.set_nested_state(state)
+
+
+@pytest.mark.lab
+def test_a_reset_of_a_guest_that_has_a_guest() -> None:
+    with rig(**SENTINEL, append="checks=counter,control pattern=1M") as one:
+        settled(one)
+        one.machine.stop()
+        hypervisor = one.machine.hypervisor
+        [vcpu] = hypervisor.vcpus
+        if "nested" not in hypervisor.vcpu_states[0].sections:
+            pytest.skip("this KVM has no nested state: its guests run no guests")
+        state = type(hypervisor.vcpu_states[0].sections["nested"])()
+
+        def look() -> bytes:
+            state.size = ctypes.sizeof(state)
+            vcpu.get_nested_state(state)
+            return bytes(state)
+
+        before = look()
+        enter_guest(vcpu, state)
+        assert look() != before
+        hypervisor.restore_birth_state()
+        look()
+        born, sregs = hypervisor._fresh_vcpus[0].sections, abi.kvm_sregs2()
+        vcpu.get_sregs2(sregs)
+        assert not state.flags & NESTED_GUEST_MODE
+        assert bytes(state)[:128] == bytes(born["nested"])[:128]
+        assert bytes(sregs) == bytes(born["sregs2"])
+        first_tsc = one.results().start_tsc
+        one.machine.reset()
+        one.machine.cont()
         one.wait_for(lambda results: results.start_tsc > first_tsc)
         settled(one)
         assert one.results().errors == 0

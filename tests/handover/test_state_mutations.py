@@ -153,6 +153,7 @@ class Row:
     when: tuple[str, ...] = ("saved",)
     cpus: int = 1
     options: str = ""
+    irqchip: str = "kernel"
     handovers: int = 1
     crash: bool = False  # or the guest ends as a crash
 
@@ -172,6 +173,7 @@ ROWS = (
     Row("sregs2", "control", changed("sregs2", set_to(cr2=0x1234_5000))),
     Row("sregs2-idt", "control", changed("sregs2", lambda sregs: set_to(limit=0xFFE)(sregs.idt))),
     Row("sregs2-gdt", "control", changed("sregs2", lambda sregs: set_to(limit=0xFFF)(sregs.gdt))),
+    Row("sregs2-cr8", "control", changed("sregs2", set_to(cr8=0)), irqchip="none"),
     Row("sregs2-apic-base", "msr", changed("sregs2", other_apic_base)),
     Row("xsave", "xmm", at_birth("vcpu/xsave")),
     Row("xsave", "x87", at_birth("vcpu/xsave")),
@@ -214,7 +216,7 @@ def finding(one: Rig, timeout_s: float) -> str:
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_a_loss_is_noticed(row: Row) -> None:
     append = f"checks={row.check} pattern=4M {row.options}"
-    with rig(kernel="sentinel", append=append, cpus=row.cpus, testdev=True) as one:
+    with rig(kernel="sentinel", append=append, cpus=row.cpus, irqchip=row.irqchip, testdev=True) as one:
         one.wait_for(lambda results: True)
         one.go_on(turns=100)
         seen = noticed(one, row)

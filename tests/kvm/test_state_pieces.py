@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.kvm.real_mode import Ram, ram_of
+from tests.kvm.real_mode import ENTRY, Ram, ram_of
+from tests.native import need_native_instructions
 from vmm.boot.cpuid import cpuid_table, guest_cpuid
 from vmm.fds import FdStore
-from vmm.kvm import Cap, IoctlError, MpState, System, Vcpu, Vm, abi
+from vmm.kvm import Cap, Exit, IoctlError, MpState, System, Vcpu, Vm, abi
 from vmm.machine import lapic_state as lapic
 from vmm.machine.kvm_state import VcpuFacts, VcpuState, VmState, vm_pieces
-from vmm.machine.msr_state import IA32_TSC, WALL_CLOCKS, MsrList, guest_msrs
+from vmm.machine.msr_state import IA32_DEBUGCTL, IA32_TSC, WALL_CLOCKS, MsrList, guest_msrs
 from vmm.machine.tsc_state import TscState
 from vmm.state import Arena
 
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.kvm
 MS = 1_000_000
 TIMER_VECTOR = 0x51
 MSR_TSC_DEADLINE = 0x6E0
+DEBUGCTL_LBR, DEBUGCTL_BTF = 1 << 0, 1 << 1
 OFF_NS = 5 * MS  # what a reading here may miss by on a busy host; undisturbed, 20 µs
 SLOW_NS = 50_000
 NESTED_FORMAT_SVM, NESTED_GIF_SET, EFER_SVME = 1, 1 << 8, 1 << 12  # asm/kvm.h; AMD64 APM vol. 2, 3.1.7
@@ -194,6 +196,26 @@ def test_a_pending_exception_with_its_payload(fds: FdStore) -> None:
         assert new.get("sregs2").cr2 == 0
 
 
+@pytest.mark.lab
+def test_int_n_half_delivered_is_executed_again(fds: FdStore) -> None:
+    """KVM does not say that it is: the guest is still at the instruction."""
+    need_native_instructions()
+    vector, handler = 0x80, 0x1100
+    with sides(fds) as (old, hand_over):
+        old.ram.write(ENTRY, b"\xcd\x80\xba\xf8\x03\xee")  # int 0x80; mov dx, 0x3f8; out dx, al
+        old.ram.write(handler, b"\x43\xcf")  # inc bx; iret
+        old.ram.write(4 * vector, handler.to_bytes(4, "little"))
+        old.change("sregs2", cs__base=0, cs__selector=0)
+        old.vcpu.set_regs(abi.kvm_regs(rip=ENTRY, rsp=0x8000, rflags=2))
+        old.change("events", interrupt__injected=1, interrupt__nr=vector, interrupt__soft=1)
+        events = old.get("events")
+        assert (events.interrupt.injected, events.interrupt.soft) == (0, 0)
+        new = hand_over()
+        assert new.vcpu.run()
+        assert new.vcpu.run_page.exit_reason == Exit.IO
+        assert new.get("regs").rbx == 1
+
+
 def test_a_queued_nmi(fds: FdStore) -> None:
     with sides(fds) as (old, hand_over):
         old.vcpu.nmi()
@@ -273,6 +295,30 @@ def test_every_msr_that_takes_another_value(fds: FdStore) -> None:
         assert {index: f"{found[index]:#x}" for index in changed} == {
             index: f"{data:#x}" for index, data in changed.items()
         }
+
+
+@pytest.mark.lab
+def test_debug_control(fds: FdStore) -> None:
+    """Older kernels keep it and list it nowhere."""
+    with sides(fds) as (old, hand_over):
+        values = old.states[0].sections["msrs"]
+        single = type(values)(nmsrs=1)
+        single.entries[0] = abi.kvm_msr_entry(index=IA32_DEBUGCTL)
+        if not (old.vcpu.get_msrs(single) and old.vcpu.set_msrs(single)):
+            pytest.skip("this KVM has no IA32_DEBUGCTL")
+        assert IA32_DEBUGCTL in [entry.index for entry in values.entries]
+        wanted = 0
+        for bit in (DEBUGCTL_LBR, DEBUGCTL_BTF):
+            single.entries[0].data = wanted | bit
+            if old.vcpu.set_msrs(single) and old.vcpu.get_msrs(single) and single.entries[0].data & bit:
+                wanted |= bit
+        if not wanted:
+            pytest.skip("it keeps no value here; it is in the list")
+        single.entries[0].data = wanted
+        assert old.vcpu.set_msrs(single)
+        new = hand_over()
+        assert new.vcpu.get_msrs(single)
+        assert single.entries[0].data == wanted
 
 
 @pytest.mark.parametrize("msr", WALL_CLOCKS)

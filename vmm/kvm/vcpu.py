@@ -150,16 +150,20 @@ class Vcpu:
         self._ioctl(self.fd, abi.KVM_GET_SREGS, into)
 
     def set_sregs(self, state: abi.kvm_sregs) -> None:
-        """KVM_SET_SREGS; `interrupt_bitmap` has at most one bit set."""
+        """KVM_SET_SREGS; `interrupt_bitmap` has at most one bit set. Without an in-kernel LAPIC, KVM_RUN
+        begins by taking CR8 from the run page: so it is set there too.
+        """
         self._ioctl(self.fd, abi.KVM_SET_SREGS, state)
+        self.run_page.cr8 = state.cr8
 
     def get_sregs2(self, into: abi.kvm_sregs2) -> None:
         """KVM_GET_SREGS2 (KVM_CAP_SREGS2): with PAE's page-directory pointers, without pending interrupts."""
         self._ioctl(self.fd, abi.KVM_GET_SREGS2, into)
 
     def set_sregs2(self, state: abi.kvm_sregs2) -> None:
-        """KVM_SET_SREGS2."""
+        """KVM_SET_SREGS2; CR8 as in `set_sregs`."""
         self._ioctl(self.fd, abi.KVM_SET_SREGS2, state)
+        self.run_page.cr8 = state.cr8
 
     def get_fpu(self, into: abi.kvm_fpu) -> None:
         """KVM_GET_FPU: x87 and SSE registers; part of what `get_xsave` gives."""

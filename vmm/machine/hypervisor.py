@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 CHANGES_GUEST = (Cap.ADJUST_CLOCK, Cap.VCPU_ATTRIBUTES)  # without them a rebuilt guest's clocks jump
 PREFAULT_S = 1.0
 MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h, Linux 5.14
-TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFFFB_D000, 0xFFFB_C000  # four pages below 4 GiB that no RAM covers
 
 
 class Origin(Enum):
@@ -142,8 +141,8 @@ class Hypervisor:
                 fds, self._config.memory, lambda size: vm.create_guest_memfd(size, LOADABLE)
             )
         give = vm.set_guest_memory if self._bound else vm.set_memory
-        vm.set_tss_address(TSS_ADDRESS)
-        vm.set_identity_map(IDENTITY_MAP_ADDRESS)
+        vm.set_tss_address()
+        vm.set_identity_map()
         for capability in (Cap.EXCEPTION_PAYLOAD, Cap.X86_TRIPLE_FAULT_EVENT):
             if vm.check(capability):
                 vm.enable_cap(capability, 0, 1)
@@ -306,7 +305,7 @@ class Hypervisor:
     def restore_birth_state(self) -> None:
         """Give vCPUs and VM the state they had before the guest first ran; its clocks go on."""
         for state in self._fresh_vcpus:
-            state.load()
+            state.load_birth()
         self._fresh_vm.load()
 
     def stats_id(self, fds: FdStore) -> str | None:

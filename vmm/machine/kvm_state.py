@@ -95,6 +95,9 @@ LOAD_ORDER = (
     "events",
     "mp_state",
 )
+# What comes before all that in a reset: nested state of a vCPU that has not run ends VMX operation, in which
+# CR4.VMXE cannot be cleared, and the guest's own guest, whose descriptor tables would be set (SVM).
+LEAVE_ORDER = ("nested",)
 
 
 def vcpu_pieces(facts: VcpuFacts) -> dict[str, VcpuPiece]:
@@ -155,6 +158,7 @@ class VcpuState:
             loads["lapic"] = load_lapic
         self._saves = [(saves[name], self.sections[name]) for name in SAVE_ORDER if name in saves]
         self._loads = [(loads[name], self.sections[name]) for name in LOAD_ORDER if name in loads]
+        self._leaves = [(loads[name], self.sections[name]) for name in LEAVE_ORDER if name in loads]
 
     def look(self, settle: Callable[[], object], run_on: Callable[[], object] | None) -> None:
         """On the vCPU's thread, when it has just stopped and others may still run: what cannot be seen later.
@@ -176,6 +180,13 @@ class VcpuState:
         vcpu = self.vcpu
         for step, section in self._loads:
             step(vcpu, section)
+
+    def load_birth(self) -> None:
+        """As `load`, of state that no guest has run with, into a vCPU that has run."""
+        vcpu = self.vcpu
+        for step, section in self._leaves:
+            step(vcpu, section)
+        self.load()
 
 
 def _chip(chip_id: int) -> tuple[Callable[[Vm, Any], None], Callable[[Vm, Any], None]]:

@@ -1,7 +1,8 @@
 """The MSRs of a vCPU: which ones there are, asked of the kernel, and their two sections in the state memfd.
 
 There is no list of MSRs here. KVM_GET_MSR_INDEX_LIST and KVM_GET_MSR_FEATURE_INDEX_LIST give one, without
-those that a CPU counts itself (memory type ranges, machine check banks, errata): of these the vCPU is asked.
+those that a CPU counts itself (memory type ranges, machine check banks, errata) and a few more: of these the
+vCPU is asked.
 Each MSR is tried. One that this host cannot give the guest is named, and the guest stays where it is.
 
 Setting an MSR is not to change the guest's RAM: until the commit that is the old VMM's. One does, KVM's wall
@@ -29,6 +30,8 @@ MTRRCAP_FIX = 1 << 8
 IA32_MCG_CAP, IA32_MC0_CTL, IA32_MC0_CTL2 = 0x179, 0x400, 0x280
 COUNT = 0xFF  # how many variable ranges, how many banks
 OSVW = (0xC001_0140, 0xC001_0141)  # OS visible workarounds: AMD64 APM vol. 2, appendix A
+IA32_DEBUGCTL = 0x1D9
+UNLISTED = (*OSVW, IA32_DEBUGCTL)  # by some kernels
 # Linux Documentation/virt/kvm/x86/msr.rst; both are one value of the VM's, where KVM writes the time
 WALL_CLOCKS = (0x11, 0x4B56_4D00)
 WALL_CLOCK_SIZE = 12  # struct pvclock_wall_clock
@@ -45,11 +48,11 @@ class Ram(Protocol):
 
 def guest_msrs(system: System, vcpu: Vcpu) -> tuple[int, ...]:
     """Every MSR that the kernel calls guest state, those that describe features and may differ by vCPU, and
-    those that the vCPU says it has.
+    those that KVM keeps and does not list.
     """
     state = system.msr_index_list()
     features = system.msr_feature_list() if system.check(abi.Cap.GET_MSR_FEATURES) else ()
-    return tuple(dict.fromkeys((*state, *features, *_counted(vcpu))))
+    return tuple(dict.fromkeys((*state, *features, *_counted(vcpu), *UNLISTED)))
 
 
 def _counted(vcpu: Vcpu) -> Iterable[int]:
@@ -66,7 +69,6 @@ def _counted(vcpu: Vcpu) -> Iterable[int]:
         yield IA32_MCG_CAP
         yield from range(IA32_MC0_CTL, IA32_MC0_CTL + 4 * banks)
         yield from range(IA32_MC0_CTL2, IA32_MC0_CTL2 + banks)
-    yield from OSVW
 
 
 def _read(vcpu: Vcpu, index: int) -> int | None:

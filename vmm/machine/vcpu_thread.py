@@ -94,6 +94,7 @@ class VcpuThread:
             Exit.INTERNAL_ERROR: self._on_internal_error,
             Exit.INTR: self._on_interrupted,
             Exit.IRQ_WINDOW_OPEN: self._on_interrupted,
+            Exit.SET_TPR: self._on_interrupted,  # no LAPIC: nothing here waits for a lower CR8
             Exit.IOAPIC_EOI: self._on_interrupted,  # split irqchip: there is no IOAPIC here that would care
         }
 

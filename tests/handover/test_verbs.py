@@ -16,7 +16,9 @@ import pytest
 
 from tests.handover.stage import VM_FD, connect, ended, wait_for
 from tests.processes import Spawn, Spawned
+from vmm.cli import launch
 from vmm.cli.console import LEAVE
+from vmm.cli.handover import hand_over
 from vmm.cli.series import Series
 from vmm.errors import VmmError
 
@@ -154,6 +156,38 @@ def test_a_handover_that_fails_leaves_the_guest_alone(user: User) -> None:
     assert user.listed()[0]["state"] == "running"
     assert not list((user.vms / "one").glob("handover-*"))
     user.says("handover", "one")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_handover_that_is_told_to_end_leaves_nothing(
+    user: User, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No VMM that waits for ever, no keeper of its, no folder; no process is left on fewer CPUs."""
+    first = user.guest("one", "--serial=null", "--keeper")
+    monkeypatch.setenv("VMM_FAULT", "incoming:build:delay:1000")
+    handover = user.start("handover", "one", "--mode=rebuild", "--keeper")
+    handover.expect("started the new VMM", stream="stderr")
+    handover.signal(number)
+    assert handover.wait() == 130
+    assert user.listed()[0]["pid"] == first.pid
+    assert os.sched_getaffinity(first.pid) == os.sched_getaffinity(0)
+    left = {path.name for path in (user.vms / "one").iterdir()}
+    assert left == {"qmp.sock", "keeper.sock", "vmm.log"} | {
+        f"{what}-{first.pid}.sock" for what in ("qmp", "keeper")
+    }
+
+
+def test_a_named_guest_keeps_its_name_by_whatever_path_it_is_handed_over(
+    user: User, tmp_socket_dir: Path
+) -> None:
+    other = tmp_socket_dir / "other"
+    user.guest("one", "--serial=null", f"--qmp=unix:{other}")
+    for path in (other, user.vms / "one" / "qmp.sock"):
+        report = json.loads(user.says("handover", "--qmp", path, "--json"))
+        (row,) = user.listed()
+        assert (row["name"], row["pid"], row["state"]) == ("one", report["pids"]["new"], "running")
+        assert json.loads(user.says("ctl", "--qmp", path, "query-name")) == {"name": "one"}
+    assert not list((user.vms / "one").glob("qmp.sock.*"))
 
 
 def test_a_vmm_without_a_name_keeps_its_monitors_path(user: User, tmp_socket_dir: Path) -> None:
@@ -294,6 +328,39 @@ def test_a_series_says_what_ended_its_vmm(
     log = series.directory.log.read_text()
     assert "Fatal Python error: Segmentation fault" in log
     assert "vmm/process/loop.py" in log
+
+
+@pytest.mark.parametrize("whose", ["its own", "another"])
+def test_a_series_ends_a_vmm_that_does_not_answer(
+    kvm_device: Path, tmp_socket_dir: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    """Nothing stays behind, and the error is the one that there was."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_socket_dir))
+    monkeypatch.setattr(launch, "ENDING_S", 0.5)
+    series = Series("ticker", mode="adopt", memory=64 << 20, cpus=1)
+
+    def is_cut_off() -> None:
+        with series:
+            vmm = series.vmm
+            if whose == "another":
+                directory = series.directory
+                handed = hand_over(series.client, directory.qmp, name=directory.name, log=directory.log)
+                handed.client.close()
+                vmm = handed.vmm
+            stopped.append(vmm)
+            os.kill(vmm.pid, signal.SIGSTOP)
+            raise ZeroDivisionError
+
+    stopped: list[launch.LaunchedVmm] = []
+    try:
+        with pytest.raises(ZeroDivisionError):
+            is_cut_off()
+        assert list((tmp_socket_dir / "vmm").rglob("*")) == []
+        assert stopped[0].process.wait(10) == -signal.SIGKILL
+    finally:
+        for vmm in stopped:
+            vmm.process.kill()
+            vmm.process.wait()
 
 
 def test_bad_numbers_for_a_demo(user: User) -> None:

@@ -116,7 +116,7 @@ def test_a_demo_s_guest(
 ) -> None:
     record = Record("rebuild", "ticker", 64 << 20, 1, (), (), ending)
     monkeypatch.setattr(vmm.cli.demo, "_show", lambda *_: record)
-    monkeypatch.setattr(vmm.cli.demo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(vmm.cli.demo, "interruptible", lambda: None)
     assert main(["demo", "--mode=rebuild"]) == status
     said = capsys.readouterr()
     assert f"ticks: 9, lost: {ending.lost}, errors: {ending.errors}" in said.out

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmm.cli.handover import add_timeout
+from vmm.cli.signals import interruptible
 from vmm.errors import GuestHarm, UsageError
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.handovers < 1:
         raise UsageError(f"--handovers {arguments.handovers}: one is the least there is to show")
     config = from_mapping({"memory": arguments.memory, "cpus": arguments.cpus}, "vmm demo")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # end as with Ctrl-C: nothing stays behind
+    interruptible()
     say: Say = (lambda _: None) if arguments.json else _say
     records = [_show(arguments, mode, config, say) for mode in MODES[arguments.mode]]
     _say(json.dumps(as_dict(arguments.mode, records)) if arguments.json else "\n".join(text(records)))

@@ -24,6 +24,8 @@ from typing import Any
 
 from vmm.cli.aside import Aside
 from vmm.cli.launch import POLL_S, LaunchedVmm
+from vmm.cli.rundir import RunDir
+from vmm.cli.signals import interruptible, uninterrupted
 from vmm.cli.target import add_target, monitor_path
 from vmm.errors import HandoverError, PeerError, VmmError
 from vmm.qmp.backend import QmpError
@@ -93,10 +95,11 @@ def hand_over(
 ) -> Handed:
     """Start a VMM and have the guest of `old`, whose control socket is `monitor`, move into it; end `old`.
 
-    With a `name` the new VMM's control socket is the named VM's own; without one it takes the place of
-    `monitor`. Raises a HandoverError that says what went wrong and where the guest is.
+    With a `name` the new VMM's control socket is the named VM's own. Where `monitor` is another, one of the
+    new VMM's takes its place. Raises a HandoverError that says what went wrong and where the guest is.
 
-    A KeyboardInterrupt cancels it. Where it is too late for that, the handover is completed first.
+    A KeyboardInterrupt cancels it. Where it is too late for that, the handover is completed first. For the
+    main thread.
     """
     deadline = time.monotonic() + timeout_s
     vcpu_threads = [cpu["thread-id"] for cpu in old.execute("query-cpus-fast")] if mode != "rebuild" else []
@@ -107,37 +110,43 @@ def hand_over(
         aside.keep_off()
         main, cpr = Path(folder, "main"), Path(folder, "cpr")
         options = ["-v", f"--handover={mode}", *KEEPER_OPTION[keeper]]
-        vmm = _start(monitor, main, cpr, options, name=name, log=log, python=python)
-        try:
+        with ExitStack() as on_error:
+            with uninterrupted():
+                vmm = _start(monitor, main, cpr, options, name=name, log=log, python=python)
+                on_error.callback(vmm.end)  # nobody has told the old VMM of it
             new = vmm.connect(deadline)
+            on_error.callback(new.close)
             progress(f"started the new VMM (pid {vmm.pid})")
             _set_up(old)
             aside.keep_off(vmm.pid)
-        except BaseException:
-            vmm.end()  # nobody has told the old VMM of it
-            raise
+            on_error.pop_all()
         with ExitStack() as on_error:
             on_error.callback(new.close)
             try:
-                _begin(old, vmm, main, cpr)
-                interrupted = _wait_ended(old, vmm, deadline)
-                report: dict[str, Any] = old.execute("x-vmm-report")
-                progress(f"the guest runs in pid {vmm.pid}; ending the old VMM (pid {report['pids']['old']})")
-                if not quit_and_wait(old, max(deadline - time.monotonic(), QUIT_S)):
-                    raise HandoverError(
-                        f"the guest was handed over, but the old VMM (pid {report['pids']['old']}) does not "
-                        "end; kill it"
-                    )
+                stopped = _carry_out(old, vmm, main, cpr, deadline)
+                with uninterrupted():
+                    _settle(old, vmm, stopped)
+                    report: dict[str, Any] = old.execute("x-vmm-report")
+                    pid = report["pids"]["old"]
+                    progress(f"the guest runs in pid {vmm.pid}; ending the old VMM (pid {pid})")
+                    if not quit_and_wait(old, max(deadline - time.monotonic(), QUIT_S)):
+                        raise HandoverError(
+                            f"the guest was handed over, but the old VMM (pid {pid}) does not end; kill it"
+                        )
+                    if not _own(monitor, name):
+                        os.replace(vmm.monitor, monitor)
+                        vmm.monitor = monitor
             except PeerError as error:
-                raise HandoverError(f"{error}; {_whereabouts(vmm, new)}") from error
+                raise HandoverError(f"{error}; {_whereabouts(old, vmm, new)}") from error
+            if isinstance(stopped, KeyboardInterrupt):
+                raise stopped
             on_error.pop_all()
-        if name is None:
-            os.replace(vmm.monitor, monitor)
-            vmm.monitor = monitor
-        if interrupted:
-            new.close()
-            raise KeyboardInterrupt
     return Handed(report, vmm, new)
+
+
+def _own(monitor: Path, name: str | None) -> bool:
+    """Whether a control socket is in the named VM's directory, where each VMM has its own."""
+    return name is not None and monitor.parent.samefile(RunDir(name).path)
 
 
 def _start(
@@ -156,16 +165,15 @@ def _start(
         f"--incoming=unix:{main}",
         f"--incoming=cpr,addr.transport=socket,addr.type=unix,addr.path={_keyval(cpr)}",
     ]
-    if name is None:
-        # a name of its own: a VMM that ends removes the path that it once listened at
-        aside = monitor.with_name(f"{monitor.name}.{secrets.token_hex(4)}")
-        return LaunchedVmm([f"--qmp=unix:{aside}", *options], monitor=lambda _: aside, log=log, python=python)
-    return LaunchedVmm(
-        [f"--name={name}", *options],
-        monitor=lambda pid: monitor.with_name(f"qmp-{pid}.sock"),
-        log=log,
-        python=python,
-    )
+    if name is not None:
+        options.append(f"--name={name}")
+    if _own(monitor, name):
+        return LaunchedVmm(
+            options, monitor=lambda pid: monitor.with_name(f"qmp-{pid}.sock"), log=log, python=python
+        )
+    # a name of its own: a VMM that ends removes the path that it once listened at
+    aside = monitor.with_name(f"{monitor.name}.{secrets.token_hex(4)}")
+    return LaunchedVmm([*options, f"--qmp=unix:{aside}"], monitor=lambda _: aside, log=log, python=python)
 
 
 def _keyval(path: Path) -> str:
@@ -189,31 +197,43 @@ def _begin(old: QmpClient, vmm: LaunchedVmm, main: Path, cpr: Path) -> None:
         raise HandoverError(f"the old VMM refuses: {error}; the guest stays there") from error
 
 
-def _wait_ended(old: QmpClient, vmm: LaunchedVmm, deadline: float) -> bool:
-    """Wait for the handover to complete; cancel it at the deadline, or if interrupted. Whether it was, too
-    late.
+def _carry_out(
+    old: QmpClient, vmm: LaunchedVmm, main: Path, cpr: Path, deadline: float
+) -> PeerError | KeyboardInterrupt | None:
+    """Have the old VMM begin, and wait for the handover to end. What stopped that: the deadline, or an
+    interrupt.
+    """
+    try:
+        with uninterrupted():
+            _begin(old, vmm, main, cpr)
+        _wait_event(old, deadline)
+    except KeyboardInterrupt as interrupt:
+        return interrupt
+    except PeerError as error:
+        if time.monotonic() < deadline:
+            raise
+        return error
+    return None
+
+
+def _settle(old: QmpClient, vmm: LaunchedVmm, stopped: PeerError | KeyboardInterrupt | None) -> None:
+    """See that the handover has completed; cancel it first where waiting for that was stopped.
 
     Raises HandoverError where the guest has not moved, KeyboardInterrupt where that was the user's wish.
     """
-    interrupted = False
-    try:
-        _wait_event(old, deadline)
-    except (PeerError, KeyboardInterrupt) as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        if not interrupted and time.monotonic() < deadline:
-            raise
+    if stopped is not None:
         old.execute("migrate_cancel")
         _wait_event(old, time.monotonic() + CANCEL_S)
     outcome = old.execute("query-migrate")
     if outcome["status"] == "completed":
-        return interrupted
+        return
     why = outcome.get("error-desc", outcome["status"])
     state = old.execute("query-status")["status"]
     if state not in HOLDING:
         raise HandoverError(f"{why}; the guest is not in the old VMM any more (run state {state})")
     vmm.end()
-    if interrupted and outcome["status"] == "cancelled":
-        raise KeyboardInterrupt
+    if isinstance(stopped, KeyboardInterrupt) and outcome["status"] == "cancelled":
+        raise stopped
     raise HandoverError(f"{why}; the guest is {state} in the old VMM, as before")
 
 
@@ -222,8 +242,8 @@ def _wait_event(old: QmpClient, deadline: float) -> None:
         pass
 
 
-def _whereabouts(vmm: LaunchedVmm, new: QmpClient) -> str:
-    """Where the guest is once the old VMM does not answer any more, for an error's second half."""
+def _whereabouts(old: QmpClient, vmm: LaunchedVmm, new: QmpClient) -> str:
+    """Where the guest is once the old VMM does not answer, or not in time, for an error's second half."""
     try:
         deadline = time.monotonic() + CANCEL_S
         while (state := new.execute("query-status")["status"]) not in HOLDING:
@@ -231,8 +251,19 @@ def _whereabouts(vmm: LaunchedVmm, new: QmpClient) -> str:
                 return f"the new VMM (pid {vmm.pid}) waits for it, in run state {state}"
             time.sleep(POLL_S)
     except VmmError:
-        return f"the new VMM has ended: {vmm.last_words()}"
+        if vmm.process.poll() is not None:
+            return f"the new VMM has ended: {vmm.last_words()}"
+        silent = f"the new VMM (pid {vmm.pid}) does not answer and may hold the guest; continue it"
+        return f"{silent}, or end it and the old one has the guest again" if _waits(old) else silent
     return f"the guest is {state} in the new VMM (pid {vmm.pid})"
+
+
+def _waits(old: QmpClient) -> bool:
+    """Whether the old VMM still waits to see who has the guest, and can have it back."""
+    try:
+        return old.execute("query-migrate").get("status", "none") not in ENDED
+    except VmmError:
+        return False
 
 
 def quit_and_wait(vmm: QmpClient, timeout_s: float) -> bool:
@@ -250,14 +281,16 @@ def quit_and_wait(vmm: QmpClient, timeout_s: float) -> bool:
 
 def run(arguments: argparse.Namespace) -> int:
     """Hand a VM over to the code that is installed now."""
+    interruptible()
     path = monitor_path(arguments.name, arguments.qmp).absolute()
-    log = path.with_name("vmm.log") if arguments.name else path.with_name(f"{path.name}.log")
     with QmpClient.connect(path) as old:
+        name = arguments.name or _name(old)
+        log = RunDir(name).log if name else path.with_name(f"{path.name}.log")
         try:
             handed = hand_over(
                 old,
                 path,
-                name=arguments.name,
+                name=name,
                 log=log,
                 mode=arguments.mode,
                 keeper=arguments.keeper,
@@ -272,6 +305,12 @@ def run(arguments: argparse.Namespace) -> int:
     handed.client.close()
     print(json.dumps(handed.report) if arguments.json else "\n".join(_text(handed.report)))
     return 0
+
+
+def _name(old: QmpClient) -> str | None:
+    """The name under which users find this VMM; None where there is none."""
+    name: str | None = (old.execute("query-name") or {}).get("name")
+    return name if name is not None and RunDir(name).served_by() == old.pid else None
 
 
 def _text(report: dict[str, Any]) -> list[str]:

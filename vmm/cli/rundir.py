@@ -16,6 +16,7 @@ from pathlib import Path
 from vmm.errors import ConfigError, HostError, UsageError
 from vmm.machine.names import check_name
 from vmm.sandbox import Access, Grant
+from vmm.sockets import peer
 
 
 def base() -> Path:
@@ -93,6 +94,12 @@ class RunDir:
     def lives(self) -> bool:
         """Whether a VMM listens at the VM's monitor; one that was killed leaves a socket that refuses."""
         return _listens(self.qmp)
+
+    def served_by(self) -> int | None:
+        """The pid of the VMM that listens at the VM's monitor, 0 where it cannot be told; None where none
+        does.
+        """
+        return _listener(self.qmp)
 
     def tidy(self) -> None:
         """Remove what a VMM that was killed has left: the sockets that refuse, the links to them, and the
@@ -172,11 +179,15 @@ def directories() -> list[RunDir]:
 
 
 def _listens(path: Path, kind: int = socket.SOCK_STREAM) -> bool:
+    return _listener(path, kind) is not None
+
+
+def _listener(path: Path, kind: int = socket.SOCK_STREAM) -> int | None:
     with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(str(path))
         except BlockingIOError:
-            return True  # its backlog is full
+            return 0  # its backlog is full
         except OSError:
-            return False
-    return True
+            return None
+        return peer(probe)[0]

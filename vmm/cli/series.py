@@ -16,15 +16,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 from vmm.cli.handover import TIMEOUT_S, hand_over, quit_and_wait
 from vmm.cli.launch import LaunchedVmm
 from vmm.cli.rundir import RunDir
+from vmm.cli.signals import uninterrupted
 from vmm.errors import GuestCrash, HandoverError, PeerError, VmmError
 from vmm.machine.native import executes_avx
 from vmm.qmp.client import QmpClient
@@ -45,7 +46,6 @@ STALL_MS = 10_000  # sentinel's own patience (firmware/README.md)
 DEATH_S = 2.0  # from a VMM's last word, or none, to its end
 SETTLE_S = 0.1  # after a window, for the guest to have noted the gap that it is in
 CONTROL_AFTER_S = (0.05, 0.25)  # the control window begins somewhere in here
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GUEST_ENDED_WELL = 1  # (0 << 1) | 1, the debug-exit port's code 0
 
 
@@ -393,17 +393,24 @@ class Series:
             time.sleep(POLL_S)
 
     def _clean_up(self, *, keep_log: bool) -> None:
-        """End the guest, in the VMM that has it or in a keeper that nobody serves; remove the files."""
+        """End the guest, in the VMM that has it, should it answer or not, or in a keeper that nobody serves;
+        remove the files.
+        """
         from vmm.machine.ports import end_keeper
 
         directory = self.directory
-        if directory.lives():
-            with QmpClient.connect(directory.qmp) as client:
-                quit_and_wait(client, self.timeout_s)
+        if pid := directory.served_by():
+            has_ended = False
+            with suppress(PeerError, ProcessLookupError), QmpClient.connect(directory.qmp) as client:
+                has_ended = quit_and_wait(client, self.timeout_s)
+            if not has_ended and pid != self.vmm.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.vmm.end()
         for path in directory.keepers():
             with suppress(PeerError):  # it is just ending
                 end_keeper(str(path))
+        directory.console.unlink(missing_ok=True)  # an ending keeper may still listen there
         if not keep_log:
             directory.log.unlink(missing_ok=True)
         directory.tidy()
@@ -498,28 +505,6 @@ class Series:
         ending = Ending(before.rounds, before.ticks, lost, errors, tuple(unavailable), found)
         steps, vms = tuple(self._steps), tuple(self.vms)
         return Record(self.mode, self.guest, self._memory, self._cpus, steps, vms, ending)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """An interrupt (Ctrl-C) takes effect at the end of this, so that it is known who has the guest; a second
-    one does at once. For the main thread.
-    """
-    numbers: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if numbers:
-            raise KeyboardInterrupt
-        numbers.append(number)
-
-    before = {number: signal.signal(number, note) for number in INTERRUPTS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if numbers:
-        signal.raise_signal(numbers[0])
 
 
 def _violation(line: str) -> str | None:

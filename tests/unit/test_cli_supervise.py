@@ -1,10 +1,42 @@
-"""A supervisor's patience, and what it tells the VMMs that it starts."""
+"""A supervisor's patience, what it tells the VMMs that it starts, and how it waits for and ends others."""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from vmm.cli.supervise import BACK_OFF_S, MOST_RESTARTS, WINDOW_S, BackOff, attach_options
+from tests.processes import Spawn
+from vmm.cli import supervise
+from vmm.cli.rundir import RunDir
+from vmm.cli.signals import INTERRUPTS
+from vmm.cli.supervise import BACK_OFF_S, MOST_RESTARTS, WINDOW_S, BackOff, Supervisor, attach_options
+from vmm.errors import PeerError
+
+# A VMM's monitor for half a second; says how many have connected.
+LISTENS = """
+import socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen(64)
+print("listens", flush=True)
+time.sleep(0.5)
+listener.settimeout(0)
+count = 0
+try:
+    while True:
+        listener.accept()
+        count += 1
+except BlockingIOError:
+    print(count)
+"""
 
 
 def restarts(lives_s: float, most: int = 200) -> int:
@@ -63,3 +95,66 @@ def test_the_waits_grow_and_shrink() -> None:
 )
 def test_the_next_vmm_is_told_what_the_first_one_was(given: list[str], expected: list[str]) -> None:
     assert attach_options(given) == expected
+
+
+@pytest.fixture
+def supervisor(tmp_socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+    """One whose guest's first VMM has ended, and which starts no other."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_socket_dir))
+    monkeypatch.setattr(Supervisor, "_serve", lambda *_: 0)
+    monkeypatch.setattr(RunDir, "kept", lambda _: True)
+    handlers = {number: signal.getsignal(number) for number in INTERRUPTS}
+    supervisor = Supervisor(RunDir("one").make())
+    yield supervisor
+    os.close(supervisor._wake)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_it_connects_once_to_another_s_vmm(
+    supervisor: Supervisor, spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vmm = spawn(sys.executable, "-c", LISTENS, str(RunDir("one").qmp))
+    vmm.expect("listens")
+    monkeypatch.setattr(RunDir, "kept", lambda _: vmm.popen.poll() is None)
+    assert supervisor.run([]) == 0
+    assert vmm.stdout.split() == ["listens", "1"]
+
+
+def test_it_waits_no_longer_once_it_is_told(supervisor: Supervisor, spawn: Spawn) -> None:
+    vmm = spawn(sys.executable, "-c", "import time; time.sleep(60)")
+    signal.signal(signal.SIGTERM, supervisor._pass_on)
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    supervisor._wait_ended(vmm.pid)
+    timer.join()
+    assert vmm.popen.poll() is None
+
+
+def refused(_: object) -> None:
+    raise PeerError("it has a VMM")
+
+
+def test_it_tries_again_to_end_the_guest(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its VMM may be ending, and neither answer any more nor have let go of the keeper yet."""
+    lives, kept = [True, False, False], ["keeper"]
+    supervisor._directory = SimpleNamespace(  # type: ignore[assignment]
+        name="one",
+        qmp=Path("/nonexistent"),
+        lives=lambda: lives.pop(0),
+        kept=lambda: bool(kept),
+        keepers=lambda: kept,
+    )
+    monkeypatch.setattr(supervise, "end_keeper", lambda path: refused(path) if lives else kept.clear())
+    supervisor._end_guest()
+    assert not kept
+
+
+def test_it_does_not_try_for_ever(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "ENDING_S", 0.2)
+    monkeypatch.setattr(supervise, "end_keeper", refused)
+    monkeypatch.setattr(RunDir, "keepers", lambda _: [Path("keeper")])
+    started = time.monotonic()
+    with pytest.raises(PeerError, match="it has a VMM"):
+        supervisor._end_guest()
+    assert time.monotonic() - started > 0.2

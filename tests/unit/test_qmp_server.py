@@ -469,6 +469,15 @@ def test_who_leaves_without_reading_is_forgotten_and_no_fault(
     ]
 
 
+def test_who_only_looks_whether_one_listens_is_no_news(
+    monitor: ServerThread, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        Raw.connect(path).__exit__()
+        wait_until(lambda: "went away" in caplog.text)
+    assert [each.levelno for each in caplog.records if "went away" in each.message] == [logging.DEBUG]
+
+
 # -- from one server to another ------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import signal
 import subprocess
 import time
@@ -17,13 +18,14 @@ from collections import deque
 
 from vmm.cli.launch import command, environment
 from vmm.cli.rundir import RunDir
-from vmm.errors import HandoverError
+from vmm.errors import HandoverError, PeerError
 from vmm.machine.ports import end_keeper
 from vmm.qmp.client import QmpClient
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.05  # between two looks while somebody else's VMM serves the guest
+LOOK_S = 0.05  # between two looks at what is just ending or cannot be waited for
+ENDING_S = 30.0  # for a guest that is told to end, while its VMM or its keeper does not answer
 BACK_OFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 MOST_RESTARTS, WINDOW_S = 10, 60.0  # the waits before these ten are 24 s: the rest is for VMMs to start in
 
@@ -63,6 +65,7 @@ class Supervisor:
         self._child: subprocess.Popen[bytes] | None = None
         self._back_off = BackOff()
         self._told: int | None = None
+        self._wake = os.eventfd(0)  # readable once it was told
 
     def run(self, first: list[str]) -> int:
         """Start `vmm run` with the arguments `first`; see to it until the guest has ended. Its exit
@@ -74,8 +77,8 @@ class Supervisor:
         while self._directory.kept():
             if self._told is not None:
                 self._end_guest()
-            elif self._directory.lives():
-                time.sleep(LOOK_S)
+            elif (pid := self._directory.served_by()) is not None:
+                self._wait_ended(pid)
             else:
                 log.warning("%s: VMM gone (status %d), guest not", self._directory.name, status)
                 self._wait()
@@ -90,15 +93,39 @@ class Supervisor:
         status = self._child.wait()
         return status if status >= 0 else 128 - status
 
+    def _wait_ended(self, pid: int) -> None:
+        """Wait until somebody else's VMM has ended, or this is told to end."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:  # it has ended, or cannot be seen from here
+            time.sleep(LOOK_S)
+            return
+        try:
+            poller = select.poll()
+            poller.register(pidfd, select.POLLIN)
+            poller.register(self._wake, select.POLLIN)
+            poller.poll()
+        finally:
+            os.close(pidfd)
+
     def _end_guest(self) -> None:
-        """Told to end, though the guest is in a VMM that somebody else has started, or in none."""
-        if self._directory.lives():
-            with QmpClient.connect(self._directory.qmp) as client:
-                client.execute("quit")
-        else:
-            for path in self._directory.keepers():
-                end_keeper(str(path))
-        time.sleep(LOOK_S)
+        """Told to end, though the guest is in a VMM that somebody else has started, or in none. Raises
+        PeerError.
+        """
+        deadline = time.monotonic() + ENDING_S
+        while self._directory.kept():
+            try:
+                if self._directory.lives():
+                    with QmpClient.connect(self._directory.qmp) as client:
+                        client.execute("quit")
+                else:
+                    for path in self._directory.keepers():
+                        end_keeper(str(path))
+            except PeerError as error:  # it may just be ending
+                if time.monotonic() > deadline:
+                    raise
+                log.info("%s: %s; trying again", self._directory.name, error)
+            time.sleep(LOOK_S)
 
     def _wait(self) -> None:
         wait_s = self._back_off.before_restart(time.monotonic())
@@ -111,5 +138,6 @@ class Supervisor:
 
     def _pass_on(self, number: int, _frame: object) -> None:
         self._told = number
+        os.eventfd_write(self._wake, 1)
         if self._child is not None and self._child.poll() is None:
             os.kill(self._child.pid, number)

@@ -212,7 +212,8 @@ class Connection:
             self._gone(error)
 
     def _gone(self, error: OSError) -> None:
-        log.info("QMP: the client with pid %d went away: %s", self.peer_pid, error.strerror)
+        level = logging.INFO if self.negotiated else logging.DEBUG  # many only look whether one listens here
+        log.log(level, "QMP: the client with pid %d went away: %s", self.peer_pid, error.strerror)
         self._unsent.clear()
         self._leave().close()
 

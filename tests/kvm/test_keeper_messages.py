@@ -8,6 +8,7 @@ import ast
 import errno
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -19,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from tests.kvm.keeping import RawVmm, await_end, keeper_port
-from tests.kvm.real_mode import machine_on, ram_of
-from vmm.errors import PeerError
+from tests.kvm.real_mode import RAM_SIZE, machine_on, ram_of
+from vmm.errors import HostError, PeerError
 from vmm.kvm import IoctlError, System, abi, keeper
 from vmm.kvm.keeper_port import HeldFd, KeeperPort
 
@@ -222,6 +223,40 @@ def test_memory_of_a_slot_is_not_dropped() -> None:
         port.drop(*row)
 
 
+def test_one_vm_by_one_number() -> None:
+    """What the keeper maps and how large a dirty log is, it knows by the slot alone."""
+    with keeper_port() as port, ram_of(b"\xf4") as ram, machine_on(ram, port=port) as machine:
+        with pytest.raises(IoctlError) as caught:
+            machine.system.create_vm()
+        assert caught.value.errno == errno.EEXIST
+        alias = os.dup(machine.vm.fd)
+        try:
+            port.store("alias", 0, alias)
+            for size in (0, RAM_SIZE):
+                with pytest.raises(IoctlError) as caught:
+                    port.set_user_memory(alias, 0, 0, 0, size, ram.hva, ram.memfd, 0)
+                assert caught.value.errno == errno.EBADF
+            ram.give(machine.vm, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
+            with pytest.raises(IoctlError) as caught:
+                port.get_dirty_log(alias, 0, bytearray(8))
+            assert caught.value.errno == errno.EINVAL
+            machine.vm.get_dirty_log(0, bytearray(8))
+            with pytest.raises(PeerError, match="refuses to drop vm/0"):
+                port.drop("vm", 0)
+            port.drop("alias", 0)
+            ram.give(machine.vm)
+        finally:
+            os.close(alias)
+
+
+def test_a_vm_that_was_not_made_may_be_made_yet() -> None:
+    with keeper_port() as port, ram_of(b"\xf4") as ram:
+        with System(port=port) as system, pytest.raises(IoctlError):
+            system.create_vm(0x7FFF)  # a type that there is not
+        with machine_on(ram, port=port):
+            pass
+
+
 def test_no_capability_is_enabled_but_those_that_are_used() -> None:
     """Some take addresses, others change what the VM is."""
     with keeper_port() as port, ram_of(b"\xf4") as ram, machine_on(ram, port=port) as machine:
@@ -414,6 +449,24 @@ def test_a_vmm_that_quits_and_does_not_wait(path: Path) -> None:
         vmm.sock.send(keeper.REQUEST.pack(keeper.OP_QUIT, -1, 0, 0, 0, 0, 0))
         vmm.close()
         assert await_end(port.lifeline)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_what_ends_vmms_does_not_end_it(number: signal.Signals) -> None:
+    with keeper_port() as port, ram_of(b"\xf4") as ram, machine_on(ram, port=port) as machine:
+        os.kill(port.pid, number)
+        assert not await_end(port.lifeline, 0.2)
+        assert machine.vm.check(abi.Cap.USER_MEMORY) == 1
+
+
+@pytest.mark.parametrize("call", ["pidfd_open", "waitid"])  # of Linux 5.3 and 5.4
+def test_a_kernel_that_is_too_old_for_it(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSYS if call == "pidfd_open" else errno.EINVAL, "fake")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(HostError, match=r"use Linux 5\.4 or later, or --no-keeper"):
+        KeeperPort.start()
 
 
 def test_another_protocol_is_refused() -> None:

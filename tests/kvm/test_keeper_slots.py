@@ -7,10 +7,12 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 
@@ -292,6 +294,114 @@ def test_a_keeper_that_dies_is_noticed() -> None:
         port.close(for_good=True)
 
 
+def test_a_keeper_that_answers_late_ends_every_run() -> None:
+    """It may be taken for dead; it is not."""
+    with ram_of(FOREVER) as ram:
+        port = KeeperPort.start()
+        pid, pidfd = port.pid, os.dup(port.lifeline)
+        before = len(os.listdir("/proc/self/fd"))
+        try:
+            with machine_on(ram, port=port) as machine:
+                machine.enter_at()
+                failures: list[str] = []
+
+                def run() -> None:
+                    try:
+                        machine.vcpu.run()
+                    except PeerError as error:
+                        failures.append(str(error))
+
+                thread = threading.Thread(target=run, daemon=True)
+                thread.start()
+                time.sleep(0.05)
+                port._sock.settimeout(0.1)
+                os.kill(pid, signal.SIGSTOP)
+                with pytest.raises(PeerError, match="does not answer"):
+                    machine.vm.check(abi.Cap.USER_MEMORY)
+                thread.join(5)
+                assert not thread.is_alive()
+                assert "does not answer" in failures[0]
+                machine.vcpu.kick()  # nothing to do, and no error
+                with pytest.raises(PeerError, match="does not answer"):
+                    machine.vcpu.run()
+            with pytest.raises(PeerError, match=f"lives on, .*'kill -9 {pid}' ends both"):
+                port.close(for_good=True)
+            assert len(os.listdir("/proc/self/fd")) == before - 2  # the connection and the lifeline
+            port.close(for_good=True)
+            assert not await_end(pidfd, 0)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+            assert await_end(pidfd)  # it has no VMM any more
+            os.close(pidfd)
+
+
+def test_an_exit_that_came_before_is_not_served_without_the_keeper() -> None:
+    """It is the next VMM's."""
+    with kept(COUNTER) as (port, machine):
+        machine.vcpu.go_on()
+        await_exit(machine.vcpu, 1)
+        port.lost()
+        with pytest.raises(PeerError, match="has ended"):
+            machine.vcpu.run()
+        os.kill(port.pid, signal.SIGKILL)
+        assert await_end(port.lifeline)
+
+
+def test_a_kick_that_finds_the_keeper_late_does_not_fail() -> None:
+    with keeper_port() as port, ram_of(FOREVER) as ram, machine_on(ram, port=port) as machine:
+        port._sock.settimeout(0.1)
+        os.kill(port.pid, signal.SIGSTOP)
+        machine.vcpu.kick()
+        with pytest.raises(PeerError, match="does not answer"):
+            machine.vcpu.run()
+        os.kill(port.pid, signal.SIGKILL)
+        assert await_end(port.lifeline)
+
+
+class SlowToLeave:
+    """A lock after whose release somebody else always comes first."""
+
+    def __init__(self, lock: AbstractContextManager[object]) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock.__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        self._lock.__exit__(*args)
+        time.sleep(0.2)
+
+
+def test_nothing_is_asked_after_an_answer_that_did_not_come() -> None:
+    """Not even by who waited for the same connection: the late answer would be taken for its own."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        pidfd = os.pidfd_open(os.getpid())
+        hello = keeper.HELLO.pack(keeper.PROTOCOL, os.getpid(), 1)
+        socket.send_fds(theirs, [keeper.REPLY.pack(0, 0, 0) + hello], [pidfd])
+        os.close(pidfd)
+        port = KeeperPort(ours)
+        ours.settimeout(0.2)
+        port._lock = SlowToLeave(port._lock)  # type: ignore[assignment]
+        failures: list[PeerError] = []
+
+        def ask() -> None:
+            try:
+                port.detach()
+            except PeerError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert len(failures) == 2
+        port.close()
+        ops = [keeper.REQUEST.unpack(message)[0] for message in iter(lambda: theirs.recv(1 << 16), b"")]
+        assert ops == [keeper.OP_HELLO, keeper.OP_DETACH]
+
+
 def test_an_answer_that_comes_late_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     with keeper_port() as port, ram_of(FOREVER) as ram, machine_on(ram, port=port) as machine:
         port._sock.settimeout(0.1)
@@ -305,6 +415,7 @@ def test_an_answer_that_comes_late_is_not_taken_for_the_next(monkeypatch: pytest
         with pytest.raises(PeerError, match="does not answer"):
             machine.vm.check(abi.Cap.NR_VCPUS)
         os.kill(port.pid, signal.SIGKILL)
+        assert await_end(port.lifeline)
 
 
 def test_an_fd_number_may_name_something_else_later() -> None:

@@ -68,18 +68,19 @@ SLOTS = 1024
 SLOTS_SIZE = SLOT * SLOTS
 LARGEST_WORD = (1 << 64) - 1
 KICK = signal.SIGUSR1
+BLOCKED = {KICK, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}  # they end VMMs, not us
 SPIN_MAX_NS = 1_000_000
 
 OP_HELLO = 0  # HELLO, and a pidfd of the keeper's
 OP_IOCTL = 1  # fd, number, argument or payload -> payload
-OP_CREATE = 2  # the same; the new fd is held and sent back with its number in the reply's payload
-OP_MEMORY = 3  # fd of the VM; slot | flags << 32, gpa, size, offset in what is mapped; payload MEMORY
+OP_CREATE = 2  # the same; the new fd is held and sent back with its number in the reply's payload; one VM
+OP_MEMORY = 3  # the VM's own fd; slot | flags << 32, gpa, size, offset in what is mapped; payload MEMORY
 OP_ATTRIBUTE = 4  # number GET/SET/HAS_DEVICE_ATTR; group, attribute, value -> value
-OP_DIRTY_LOG = 5  # fd of the VM; slot, bytes -> payload
+OP_DIRTY_LOG = 5  # the VM's own fd; slot, bytes -> payload
 OP_VCPU = 6  # fd of the vCPU; its slot: starts its thread; sends go and done
 OP_KICK = 7  # slot
 OP_STORE = 8  # payload NAME, one fd: held under that name; the reply's payload is the keeper's number
-OP_DROP = 9  # payload NAME; EBUSY while it is a slot's memory
+OP_DROP = 9  # payload NAME; EBUSY while it is a slot's memory, EBADF for the VM and its vCPUs
 OP_TABLE = 10  # from row n: rows of NAME, with their fds
 OP_ATTACH = 11  # be the one VMM; EBUSY while another is attached and alive
 OP_DETACH = 12  # be it no more
@@ -89,13 +90,14 @@ OP_QUIT = 15  # end; the guest ends with it
 ANYBODY = frozenset({OP_HELLO, OP_ATTACH, OP_TABLE})
 NEED_NO_ATTACH = ANYBODY | {OP_ORPHAN}  # of a VMM that was attached, or announced by one that is
 
+KVM_CREATE_VM = 0xAE01
 KVM_RUN = 0xAE80
 KVM_SET_USER_MEMORY_REGION = 0x4020AE46
 KVM_SET_USER_MEMORY_REGION2 = 0x40A0AE49
 KVM_GET_DIRTY_LOG = 0x4010AE42
 KVM_SET_SIGNAL_MASK = 0x4004AE8B
 DEVICE_ATTRIBUTES = frozenset({0x4018AEE1, 0x4018AEE2, 0x4018AEE3})  # SET, GET, HAS
-CREATES = frozenset({0xAE01, 0xAE41, 0xAECE, 0xC040AED4})  # VM, VCPU, STATS_FD, GUEST_MEMFD
+CREATES = frozenset({KVM_CREATE_VM, 0xAE41, 0xAECE, 0xC040AED4})  # VM, VCPU, STATS_FD, GUEST_MEMFD
 # ioctls whose argument counts its own elements in the first u32: (bytes of one element)
 COUNTED = {
     0xC008AE88: 16,  # GET_MSRS
@@ -245,7 +247,8 @@ class Keeper:
         self._identity = int.from_bytes(os.urandom(8), sys.byteorder)
         self._names: dict[tuple[bytes, int], int] = {}
         self._held: set[int] = set()
-        self._mappings: dict[tuple[int, int], Mapping] = {}  # by VM fd and slot
+        self._vm = -1  # one, for good, by one number: what is known of its slots is then the kernel's view
+        self._mappings: dict[int, Mapping] = {}  # by slot
         self._most_fds = min(FDS_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FDS_SPARE)
         self._buffer = ctypes.create_string_buffer(PAYLOAD_MAX)
         self._slots_fd = os.memfd_create("vmm-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -429,31 +432,37 @@ class Keeper:
     def _create(self, message: Message) -> Answer:
         if message.request not in CREATES:
             raise Refused(EPERM)
+        if message.request == KVM_CREATE_VM and self._vm >= 0:
+            raise Refused(EEXIST)
         self._room()
         created, _ = self._call(message)
         os.set_inheritable(created, False)
         self._held.add(created)
+        if message.request == KVM_CREATE_VM:
+            self._vm = created
         return struct.pack("=I", created), [created], 0
 
     def _memory(self, message: Message) -> Answer:
-        fd, (slot_flags, gpa, size, offset) = message.fd, message.arguments
+        slot_flags, gpa, size, offset = message.arguments
         memfd, guest_memfd, guest_offset = MEMORY.unpack(message.payload)
         slot, flags = slot_flags & 0xFFFFFFFF, slot_flags >> 32
-        mapped = self._map(fd, slot, memfd, size, offset) if size and memfd != NO_FD else None
+        if message.fd != self._vm:
+            raise Refused(EBADF)
+        mapped = self._map(slot, memfd, size, offset) if size and memfd != NO_FD else None
         region = struct.pack("=IIQQQ", slot, flags, gpa, size, mapped.address if mapped else 0)
         if guest_memfd != NO_FD:
             region += struct.pack("=QI", guest_offset, self._owned(guest_memfd)) + bytes(4 + 14 * 8)
             number = KVM_SET_USER_MEMORY_REGION2
         else:
             number = KVM_SET_USER_MEMORY_REGION
-        ioctl(self._owned(fd), number, region)
-        self._mappings.pop((fd, slot), None)  # unmapped, unless the slot is the same one, changed
+        ioctl(self._owned(self._vm), number, region)
+        self._mappings.pop(slot, None)  # unmapped, unless the slot is the same one, changed
         if mapped is not None:
-            self._mappings[fd, slot] = mapped
+            self._mappings[slot] = mapped
         return DONE
 
-    def _map(self, fd: int, slot: int, memfd: int, size: int, offset: int) -> Mapping:
-        known = self._mappings.get((fd, slot))
+    def _map(self, slot: int, memfd: int, size: int, offset: int) -> Mapping:
+        known = self._mappings.get(slot)
         if known is not None and (known.memfd, known.offset, known.size) == (memfd, offset, size):
             return known
         self._room()
@@ -471,7 +480,7 @@ class Keeper:
 
     def _dirty_log(self, message: Message) -> Answer:
         slot, size = message.arguments[:2]
-        mapped = self._mappings.get((message.fd, slot))
+        mapped = self._mappings.get(slot) if message.fd == self._vm else None
         # the kernel writes by the slot's size, whatever we say
         if mapped is None or size != -(-mapped.size // (64 * mmap.PAGESIZE)) * 8 or size > PAYLOAD_MAX:
             raise Refused(EINVAL)
@@ -522,9 +531,9 @@ class Keeper:
     def _drop(self, message: Message) -> Answer:
         name, index, _ = NAME.unpack(message.payload)
         key = (name.rstrip(b"\0"), index)
-        if key not in self._names or key[0] in NEEDED or self._names[key] in self._by_fd:
+        fd = self._names.get(key, -1)
+        if fd in (-1, self._vm) or key[0] in NEEDED or fd in self._by_fd:
             raise Refused(EBADF)
-        fd = self._names[key]
         if any(mapped.memfd == fd for mapped in self._mappings.values()):
             raise Refused(EBUSY)
         del self._names[key]
@@ -601,7 +610,7 @@ def main() -> None:
     """`keeper.py FIRST LISTENER RULESET`: fds of the first VMM's connection, of the listening socket and of a
     Landlock ruleset, -1 for none; on stdin a seccomp filter, or nothing.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {KICK, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE})
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     threading.stack_size(256 * 1024)
     sys.setswitchinterval(0.0005)
     first, listening, ruleset = (int(word) for word in sys.argv[1:])

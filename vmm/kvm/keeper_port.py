@@ -129,7 +129,7 @@ class KeeperPort:
         self._findable = findable
         self._spin = spin  # None: where there are cores to spare
         self._sock = sock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of one question and its answer, and of `_broken`
         self._broken: str | None = None  # why nothing can be asked of the keeper any more
         self._numbers: dict[int, int] = {}  # this process's fd -> the keeper's
         self._names: dict[tuple[str, int], int] = {}  # what the keeper holds -> this process's fd, or NO_FD
@@ -173,6 +173,7 @@ class KeeperPort:
         It confines itself to the seccomp filter `program(its pid)` and the Landlock ruleset of that fd, where
         given. Raises HostError.
         """
+        _require_pidfds()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         given = [theirs.fileno(), -1 if listener is None else listener.fileno(), ruleset]
         command = [sys.executable, "-I", "-S", "-B", keeper.__file__, *map(str, given)]
@@ -273,45 +274,51 @@ class KeeperPort:
         rights = array.array("i", fds)
         ancillary: list[Any] = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
         received = array.array("i")
-        try:
-            with self._lock:
-                if self._broken is not None:
-                    raise PeerError(self._broken)
+        with self._lock:
+            if self._broken is not None:
+                raise PeerError(self._broken)
+            try:
                 self._sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
                 answer, extra, flags, _ = self._sock.recvmsg(
                     keeper.REPLY.size + keeper.PAYLOAD_MAX,
                     socket.CMSG_SPACE(4 * 253),
                     socket.MSG_CMSG_CLOEXEC,
                 )
-        except OSError as error:
-            # an answer that comes yet would be taken for that to the next question
-            self._broken = f"the keeper, process {self.pid}, does not answer: {error}"
-            raise PeerError(self._broken) from error
-        for level, kind, content in extra:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                received.frombytes(content[: len(content) - len(content) % 4])
-        if not answer:
-            _close_all(received)
-            self._broken = f"the keeper, process {self.pid}, has ended"
-            raise PeerError(self._broken)
-        if len(answer) < keeper.REPLY.size or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            _close_all(received)
-            raise self._senseless("a message that is not whole")
-        result, number, _ = keeper.REPLY.unpack_from(answer)
-        content = answer[keeper.REPLY.size :]
-        sizes, count = ((0, refusal), 0) if number else ((size,), made)
-        fits = (more and not number) or (len(content) in sizes and len(received) == count)
-        if not fits or not 0 <= number <= MAX_ERRNO or (result < 0) != (number != 0):
-            _close_all(received)
-            raise self._senseless(
-                f"result {result}, errno {number}, {len(content)} bytes, {len(received)} fds to message {op}"
-            )
+            except OSError as error:
+                # an answer that comes yet would be taken for that to the next question
+                raise self._break(f"does not answer: {error}") from error
+            for level, kind, content in extra:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    received.frombytes(content[: len(content) - len(content) % 4])
+            if not answer:
+                _close_all(received)
+                raise self._break("has ended")
+            if len(answer) < keeper.REPLY.size or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                _close_all(received)
+                raise self._senseless("a message that is not whole")
+            result, number, _ = keeper.REPLY.unpack_from(answer)
+            content = answer[keeper.REPLY.size :]
+            sizes, count = ((0, refusal), 0) if number else ((size,), made)
+            fits = (more and not number) or (len(content) in sizes and len(received) == count)
+            if not fits or not 0 <= number <= MAX_ERRNO or (result < 0) != (number != 0):
+                _close_all(received)
+                raise self._senseless(
+                    f"result {result}, errno {number}, {len(content)} bytes, {len(received)} fds "
+                    f"to message {op}"
+                )
         return result, number, content, list(received)
+
+    def _break(self, why: str) -> PeerError:
+        """Ask no more of the keeper, and end every `run`; the error that says so. The first reason stays."""
+        with self._lock:
+            self._broken = self._broken or f"the keeper, process {self.pid}, {why}"
+            for runner in list(self._runners.values()):
+                _wake(runner.done)
+            return PeerError(self._broken)
 
     def _senseless(self, what: str) -> PeerError:
         """The error for an answer that no keeper gives. What comes after it would make no sense either."""
-        self._broken = f"the keeper, process {self.pid}, answers what makes no sense: {what}"
-        return PeerError(self._broken)
+        return self._break(f"answers what makes no sense: {what}")
 
     def _check(self, name: str, index: int, fd: int) -> None:
         """That an fd of the keeper's is what was asked for, before this process maps it or waits for it.
@@ -423,41 +430,44 @@ class KeeperPort:
 
     def lost(self) -> None:
         """See `Port.lost`."""
-        self._broken = f"the keeper, process {self.pid}, has ended"
-        for runner in self._runners.values():
-            _wake(runner.done)
+        self._break("has ended")
 
     def close(self, *, for_good: bool = False) -> None:
         """Close the connection, which the keeper takes as a detach, or end the keeper, and the guest with
-        it. Idempotent.
+        it. Idempotent. Raises PeerError, with everything closed, where the keeper lives on all the same.
         """
-        if for_good and self._broken is None:
-            try:
-                self._do(keeper.OP_QUIT, "end")
-                if self._is_child:
-                    self._reap()
-            except PeerError:
-                if self._broken is None:
-                    raise  # it lives
-        self._broken = self._broken or "the connection to the keeper is closed"
-        self._runners.clear()
-        self._words = None  # unmapped once no thread is in `run` any more
-        fds = [self._life, self._slots_fd, *(fd for pair in self._events.values() for fd in pair)]
-        self._events.clear()
-        self._life = self._slots_fd = -1
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+        alive = self._end() if for_good and self._life >= 0 else None
+        with self._lock:  # nobody is woken any more
+            self._broken = self._broken or "the connection to the keeper is closed"
+            self._runners.clear()
+            self._words = None  # unmapped once no thread is in `run` any more
+            fds = [self._life, self._slots_fd, *(fd for pair in self._events.values() for fd in pair)]
+            self._events.clear()
+            self._life = self._slots_fd = -1
+        _close_all(fd for fd in fds if fd >= 0)
         self.close_offer()
         self._sock.close()
+        if alive is not None:
+            raise PeerError(
+                f"{alive}; it lives on, and the guest in it: 'vmm attach' gives it a VMM, "
+                f"'kill -9 {self.pid}' ends both"
+            )
 
-    def _reap(self) -> None:
-        """Leave no zombie. Raises PeerError where it does not end, though it has said so."""
-        poll = select.poll()
-        poll.register(self._life, select.POLLIN)
-        if not poll.poll(ENDING_TIMEOUT_S * 1000):
-            raise PeerError(f"the keeper, process {self.pid}, has not ended within {ENDING_TIMEOUT_S:g} s")
-        os.waitid(os.P_PIDFD, self._life, os.WEXITED)
+    def _end(self) -> str | None:
+        """Have the keeper end, and leave no zombie. Returns why it lives on, where it does."""
+        end, connection = select.poll(), select.poll()
+        end.register(self._life, select.POLLIN)
+        connection.register(self._sock, 0)
+        try:
+            self._do(keeper.OP_QUIT, "end")
+        except PeerError as error:
+            ending = connection.poll(0)  # it has hung up: what is left is the kernel's
+            return None if end.poll(ENDING_TIMEOUT_S * 1000 if ending else 0) else str(error)
+        if self._is_child:
+            if not end.poll(ENDING_TIMEOUT_S * 1000):
+                return f"the keeper, process {self.pid}, has not ended within {ENDING_TIMEOUT_S:g} s"
+            os.waitid(os.P_PIDFD, self._life, os.WEXITED)
+        return None
 
     def store(self, name: str, index: int, fd: int) -> None:
         """Have the keeper hold a copy of `fd` under that name, for whoever attaches after this process. What
@@ -510,8 +520,7 @@ class KeeperPort:
         except BaseException as error:
             _close_all(opened)
             if isinstance(error, (ValueError, struct.error)):
-                self._broken = f"the keeper, process {self.pid}, sends a table that is none"
-                raise PeerError(self._broken) from error
+                raise self._break("sends a table that is none") from error
             raise
 
     # --- Port ---
@@ -714,7 +723,7 @@ class KeeperPort:
         words = runner.words
         runner.proceed()
         keeper.spin(words, equal=False)
-        while words[keeper.CALLED] != words[keeper.RETURNED]:
+        while self._broken is not None or words[keeper.CALLED] != words[keeper.RETURNED]:
             if runner.leaving:
                 return False
             if self._broken is not None:
@@ -735,8 +744,12 @@ class KeeperPort:
 
     def kick(self, vcpu_fd: int) -> None:
         """See `Port.kick`."""
-        if self._broken is None:  # else `run` raises by itself
-            self._do(keeper.OP_KICK, "kick a vCPU", arguments=[self._runners[vcpu_fd].slot])
+        try:
+            if self._broken is None:  # else `run` has been woken, and raises by itself
+                self._do(keeper.OP_KICK, "kick a vCPU", arguments=[self._runners[vcpu_fd].slot])
+        except PeerError:
+            if self._broken is None:
+                raise
 
     def leave(self, vcpu_fd: int) -> None:
         """See `Port.leave`."""
@@ -774,6 +787,20 @@ def _is_pidfd(fd: int, *, of_child: bool = False) -> bool:
     except OSError:
         return False
     return True
+
+
+def _require_pidfds() -> None:
+    """Raises HostError where this kernel has no pidfds, or none that can be waited for."""
+    error = os.strerror(errno.ENOSYS)
+    try:
+        fd = os.pidfd_open(os.getpid())
+    except OSError as failure:
+        error, known = failure.strerror or error, False
+    else:
+        known = _is_pidfd(fd)
+        os.close(fd)
+    if not known:
+        raise HostError(f"a keeper needs pidfds ({error}); use Linux 5.4 or later, or --no-keeper")
 
 
 def _is_fixed(fd: int, size: int) -> bool:

@@ -1,5 +1,6 @@
 """A VMM that sends its keeper any messages with any fds: the keeper ends by OP_QUIT alone, leaks no fd, and
-issues no ioctl but those of its table, on fds that it holds.
+issues no ioctl but those of its table, on fds that it holds; it makes one VM, whose slots have to do with one
+number alone.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ ALLOWED = (
         keeper.KVM_GET_DIRTY_LOG,
     }
 )
+OF_SLOTS = {
+    keeper.KVM_SET_USER_MEMORY_REGION,
+    keeper.KVM_SET_USER_MEMORY_REGION2,
+    keeper.KVM_GET_DIRTY_LOG,
+}
 KINDS: tuple[Callable[[], int], ...] = (
     lambda: sealed_memfd("ram", 1 << 16),
     lambda: os.eventfd(0, os.EFD_NONBLOCK),
@@ -62,17 +68,30 @@ class Stage:
         self.vmms = [ours]
         self.errno = 0
         self.numbers = [0]
+        self.vm = -1
+        self._wrong: list[str] = []
 
     def ioctl(self, fd: int, request: int, argument: int | bytes | ctypes.Array[ctypes.c_char]) -> int:
         """ioctl(2): refuses as told, makes an fd where KVM would, writes all over the argument."""
-        assert fd in self.keeper._held, f"ioctl {request:#x} on fd {fd}, which is not held"
-        assert request in ALLOWED, f"ioctl {request:#x} got through"
+        what = f"ioctl {request:#x} on fd {fd}"
+        self._expect(fd in self.keeper._held, f"{what}, which is not held")
+        self._expect(request in ALLOWED, f"{what} got through")
+        self._expect(request not in OF_SLOTS or fd == self.vm, f"{what}; the VM is {self.vm}")
         if self.errno:
             raise OSError(self.errno, "fake")
+        if request == keeper.KVM_CREATE_VM:
+            self._expect(self.vm < 0, "a second VM")
+            self.vm = os.eventfd(0)
+            return self.vm
         if isinstance(argument, ctypes.Array):
-            assert len(argument) == keeper.PAYLOAD_MAX
+            self._expect(len(argument) == keeper.PAYLOAD_MAX, f"{what} with a short buffer")
             ctypes.memset(argument, 0xA5, 1 << 14)
         return os.eventfd(0) if request in keeper.CREATES else 1
+
+    def _expect(self, holds: bool, otherwise: str) -> None:
+        """Kept for the end of the turn: what is raised here is a refusal to the keeper."""
+        if not holds:
+            self._wrong.append(otherwise)
 
     def send(self, reader: Reader) -> bool:
         """One message, and the keeper's turn; False once it ends."""
@@ -110,6 +129,7 @@ class Stage:
         for fd, _ in self.keeper._poll.poll(0):
             if fd in self.keeper._clients:
                 self.keeper._serve_one(self.keeper._clients[fd])
+                assert not self._wrong, self._wrong
             if self.keeper._over:
                 return False
         return True
@@ -138,6 +158,7 @@ class Stage:
 
     def end(self) -> None:
         """Close all that the keeper holds, each once: it must be there."""
+        assert self.vm in (-1, *self.keeper._held), "the VM's fd is closed"
         for fd in self.keeper._held:
             os.close(fd)
         for sock in [*self.keeper._clients.values(), *self.vmms]:
@@ -171,10 +192,18 @@ def one(data: bytes) -> None:
     assert not left, left
 
 
-def message(op: int, request: int = 0, number: int = 0, fds: bytes = b"\x00", payload: bytes = b"") -> bytes:
+def message(
+    op: int,
+    request: int = 0,
+    number: int = 0,
+    fds: bytes = b"\x00",
+    payload: bytes = b"\x00",
+    words: tuple[int, ...] = (0, 0, 0, 0),
+) -> bytes:
     """The bytes that `Stage.send` reads as that message; `fds`: how many (an index), and their kinds."""
-    which = sorted((*REQUESTS, *SPECIAL)).index(request) if request in REQUESTS else 0
-    return bytes((0,)) + fds + bytes((op, 0, which)) + bytes(8) + bytes((number,)) + payload + bytes((0,))
+    which = REQUESTS.index(request) if request in REQUESTS else 0
+    said = b"".join(b"\x01" + word.to_bytes(8, "little") for word in words)
+    return bytes((0,)) + fds + bytes((op, 0, which)) + said + bytes((number,)) + payload + bytes((0,))
 
 
 def seeds() -> Iterator[bytes]:
@@ -182,6 +211,19 @@ def seeds() -> Iterator[bytes]:
     name = b"\x04\x00"
     store = message(keeper.OP_STORE, fds=b"\x02\x00", payload=name)
     yield b"\x01" + store + message(keeper.OP_TABLE) + message(keeper.OP_DROP, payload=name)
+    memory, memory_size = b"\x01" + b"\xff" * 4, 1 << 16
+    for vm in (2, 1):  # by its number, by another one
+        yield (
+            b"\x01"
+            + store
+            + message(keeper.OP_CREATE, keeper.KVM_CREATE_VM, 1) * 2
+            + message(keeper.OP_STORE, number=2, payload=b"\x00\x00")
+            + message(keeper.OP_MEMORY, number=2, payload=memory, words=(0, 0, memory_size, 0))
+            + message(keeper.OP_MEMORY, number=vm, payload=memory)
+            + message(keeper.OP_MEMORY, number=2, payload=memory, words=(0, 0, memory_size, 0))
+            + message(keeper.OP_DIRTY_LOG, number=vm, words=(0, 8, 0, 0))
+            + message(keeper.OP_DROP, payload=b"\x00\x00")
+        )
     yield b"\x01" + message(keeper.OP_SUCCESSOR, fds=b"\x02\x03") + message(keeper.OP_DETACH) + store
     yield b"\x01" + message(keeper.OP_SUCCESSOR, fds=b"\x02\x02") + message(keeper.OP_TABLE)
     for op in OPERATIONS:

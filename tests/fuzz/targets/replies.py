@@ -407,7 +407,12 @@ def _play(reader: Reader) -> None:
     liar, fds = Liar(reader), FdStore()
     with (
         mock.patch.multiple(
-            keeper_port, KINDS=KINDS, ANSWER_TIMEOUT_S=ANSWER_S, ATTACH_TIMEOUT_S=ATTACH_S, NAP_S=0.001
+            keeper_port,
+            KINDS=KINDS,
+            ANSWER_TIMEOUT_S=ANSWER_S,
+            ATTACH_TIMEOUT_S=ATTACH_S,
+            ENDING_TIMEOUT_S=ANSWER_S,
+            NAP_S=0.001,
         ),
         mock.patch.object(vmm_fds, "identify", _identify),
         mock.patch.object(ports, "take_keeper", return_value=liar.wire),

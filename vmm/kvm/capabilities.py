@@ -15,7 +15,9 @@ from vmm.kvm.system import System
 
 LOADABLE: Final = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED  # a guest_memfd that can be written
 
-_OLDEST_LINUX: Final = "4.11"  # the first with KVM_CAP_IMMEDIATE_EXIT, the youngest of the required ones
+# The first with KVM_CAP_IMMEDIATE_EXIT, the youngest of the required ones. A keeper, and `vmm handover`, need
+# pidfds as well (5.4).
+_OLDEST_LINUX: Final = "4.11"
 
 
 @dataclass(frozen=True, slots=True)

@@ -434,6 +434,30 @@ def test_it_can_wait_for_ever(path: Path) -> None:
         os.close(pidfd)
 
 
+def test_sigterm_ends_it_once_it_has_no_vmm(path: Path) -> None:
+    """Not by one that came before: that was the VMM's to follow."""
+    with keeper_port(path) as port:
+        port.live_on(0.0)
+        pidfd = os.dup(port.lifeline)
+        try:
+            vmm = RawVmm.connect(path)
+            port.close()
+            assert vmm.ask(keeper.OP_ATTACH)[1] == 0
+            os.kill(port.pid, signal.SIGTERM)
+            vmm.close()
+            assert not await_end(pidfd, 0.3)
+            vmm = RawVmm.connect(path)
+            assert vmm.ask(keeper.OP_ATTACH)[1] == 0
+            os.kill(port.pid, signal.SIGTERM)
+            assert not await_end(pidfd, 0.3)
+            vmm.close()
+            assert not await_end(pidfd, 0.3)
+            os.kill(port.pid, signal.SIGTERM)
+            assert await_end(pidfd)
+        finally:
+            os.close(pidfd)
+
+
 def test_quit_leaves_no_socket_behind(path: Path) -> None:
     with keeper_port(path) as port:
         assert path.exists()

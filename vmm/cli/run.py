@@ -235,9 +235,7 @@ def _orphan_timeout(seconds: float) -> float:
     from vmm.machine.ports import ORPHAN_MAX_S
 
     if seconds != 0 and not 0.001 <= seconds <= ORPHAN_MAX_S:  # NaN is none of these
-        raise ConfigError(
-            f"orphan timeout: {seconds:g} s; 0.001 to {ORPHAN_MAX_S:.0f}, or 0, for ever"
-        )
+        raise ConfigError(f"orphan timeout: {seconds:g} s; 0.001 to {ORPHAN_MAX_S:.0f}, or 0, for ever")
     return seconds
 
 

@@ -305,6 +305,10 @@ class Keeper:
         self._poll.register(sock, select.POLLIN)
         return True
 
+    def _expect(self, vmm: socket.socket) -> None:
+        self._vmms.add(vmm)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
     def _dismiss(self, sock: socket.socket) -> None:
         self._poll.unregister(sock)
         del self._clients[sock.fileno()]
@@ -313,6 +317,9 @@ class Keeper:
         if sock in self._vmms:
             self._vmms.discard(sock)
             self._alone_since = time.monotonic()
+            if not self._vmms:
+                signal.sigtimedwait({signal.SIGTERM}, 0)  # what has come was the VMM's to follow
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         sock.close()
 
     def stop_listening(self) -> None:
@@ -543,7 +550,7 @@ class Keeper:
         return DONE
 
     def _table(self, message: Message) -> Answer:
-        self._vmms.add(message.sock)  # it is about to attach
+        self._expect(message.sock)  # it is about to attach
         rows = list(self._names.items())
         part = rows[message.arguments[0] :][:FDS_PER_MESSAGE]
         packed = b"".join(NAME.pack(name, index, fd) for (name, index), fd in part)
@@ -553,7 +560,7 @@ class Keeper:
         if self._attached not in (None, message.sock) and not _hung_up(self._attached):
             raise Refused(EBUSY)
         self._attached = message.sock
-        self._vmms.add(message.sock)
+        self._expect(message.sock)
         return DONE
 
     def _detach(self, message: Message) -> Answer:
@@ -568,7 +575,7 @@ class Keeper:
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET) or not self._admit(sock):
             sock.close()
             raise Refused(EINVAL)
-        self._vmms.add(sock)
+        self._expect(sock)
         return DONE
 
     def _orphan(self, message: Message) -> Answer:

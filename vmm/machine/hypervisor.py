@@ -318,5 +318,7 @@ class Hypervisor:
 
     def close(self, *, for_good: bool) -> None:
         """Close the fds; with `for_good` the VM ends even where it could live on. No vCPU may be in `run`."""
-        self._opened.close()
-        self.port.close(for_good=for_good)
+        try:
+            self._opened.close()
+        finally:
+            self.port.close(for_good=for_good)

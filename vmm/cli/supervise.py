@@ -25,6 +25,7 @@ from vmm.qmp.client import QmpClient
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.05  # between two looks at what is just ending or cannot be waited for
+WAIT_S = 1.0  # between two looks at who serves the guest
 ENDING_S = 30.0  # for a guest that is told to end, while its VMM or its keeper does not answer
 BACK_OFF_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 MOST_RESTARTS, WINDOW_S = 10, 60.0  # the waits before these ten are 24 s: the rest is for VMMs to start in
@@ -94,7 +95,9 @@ class Supervisor:
         return status if status >= 0 else 128 - status
 
     def _wait_ended(self, pid: int) -> None:
-        """Wait until somebody else's VMM has ended, or this is told to end."""
+        """Wait until somebody else's VMM has ended, or this is told to end. Not for long: it may have given
+        the guest to another, and linger.
+        """
         try:
             pidfd = os.pidfd_open(pid)
         except OSError:  # it has ended, or cannot be seen from here
@@ -104,7 +107,7 @@ class Supervisor:
             poller = select.poll()
             poller.register(pidfd, select.POLLIN)
             poller.register(self._wake, select.POLLIN)
-            poller.poll()
+            poller.poll(WAIT_S * 1000)
         finally:
             os.close(pidfd)
 

@@ -173,7 +173,7 @@ ROWS = (
     Row("sregs2", "control", changed("sregs2", set_to(cr2=0x1234_5000))),
     Row("sregs2-idt", "control", changed("sregs2", lambda sregs: set_to(limit=0xFFE)(sregs.idt))),
     Row("sregs2-gdt", "control", changed("sregs2", lambda sregs: set_to(limit=0xFFF)(sregs.gdt))),
-    Row("sregs2-cr8", "control", changed("sregs2", set_to(cr8=0)), irqchip="none"),
+    Row("sregs2-cr8", "control", changed("sregs2", set_to(cr8=0)), irqchip="none", handovers=5),
     Row("sregs2-apic-base", "msr", changed("sregs2", other_apic_base)),
     Row("xsave", "xmm", at_birth("vcpu/xsave")),
     Row("xsave", "x87", at_birth("vcpu/xsave")),

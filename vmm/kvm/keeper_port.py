@@ -36,6 +36,7 @@ from vmm.kvm.port import KICKED, Argument, Bitmap, IoctlError, ioctl_error
 from vmm.sockets import check_peer
 
 ANSWER_TIMEOUT_S = 10.0
+STARTING_TIMEOUT_S = 60.0  # for a new one to come up; one that cannot ends, and is noticed at once
 ATTACH_TIMEOUT_S = 1.0  # for the kernel to close the connection of a VMM that has just been killed
 ENDING_TIMEOUT_S = 10.0  # from the keeper's last word to its end
 NAP_S = 0.01
@@ -121,9 +122,18 @@ class KeeperPort:
 
     OWN_NAMES: ClassVar[frozenset[str]] = frozenset({SLOTS_NAME, GO_NAME, DONE_NAME})
 
-    def __init__(self, sock: socket.socket, *, findable: bool = True, spin: bool | None = None) -> None:
-        """Ask who is there. Raises PeerError where that is no keeper, or one of another version."""
-        sock.settimeout(ANSWER_TIMEOUT_S)
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        findable: bool = True,
+        spin: bool | None = None,
+        starting_s: float | None = None,
+    ) -> None:
+        """Ask who is there, which one that is `starting_s` may take so long to say. Raises PeerError where
+        that is no keeper, or one of another version.
+        """
+        sock.settimeout(starting_s or ANSWER_TIMEOUT_S)
         self.pid = -1
         self._identity = 0
         self._findable = findable
@@ -143,6 +153,7 @@ class KeeperPort:
         self._is_child = False
         try:
             self._greet()
+            sock.settimeout(ANSWER_TIMEOUT_S)
         except BaseException:
             self.close()
             raise
@@ -195,7 +206,7 @@ class KeeperPort:
         with suppress(BrokenPipeError), process.stdin as stdin:  # one that has ended is noticed below
             stdin.write(program(process.pid))
         try:
-            port = cls(ours, findable=listener is not None, spin=spin)
+            port = cls(ours, findable=listener is not None, spin=spin, starting_s=STARTING_TIMEOUT_S)
         except PeerError as error:
             raise HostError(f"the keeper process does not start: {error}") from error
         port._is_child = True

@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -299,7 +299,7 @@ def test_a_wire_that_does_nothing() -> None:
 def test_a_commit_that_is_lost() -> None:
     """The new VMM asks the token, and has the guest before the old one has lost its patience, or after."""
     state_and_more = Tampering("main", "to new", "cut", 60)
-    check([state_and_more])
+    check([state_and_more], replace(PATIENT, commit_s=DEADLINES.commit_s))
 
 
 def test_a_confirmation_that_is_lost() -> None:

@@ -283,17 +283,12 @@ def test_a_vm_is_the_guests_home_only_if_it_lives_on(kvm_device: Path) -> None:
 def test_the_next_vmm_listens_to_irqfds_that_the_last_one_had_released(tmp_socket_dir: Path) -> None:
     """It was killed while it saved the guest for a handover that never came."""
     path = tmp_socket_dir / "keeper.sock"
-    with listen(str(path), "keeper", socket.SOCK_SEQPACKET) as listener:
-        port = KeeperPort.start(listener)
-    fds = FdStore()
-    fds.deposit(port)
-    machine = one_machine(fds, port, Origin.NEW)
+    machine = first_machine(path)
     machine.irqfds.open(0, 5)
     machine.start()
     machine.irqfds.release()
     close_machine(machine, for_good=False)
-    fds = FdStore()
-    machine = one_machine(fds, find_keeper(str(path), fds), Origin.ADOPTED)
+    machine = next_machine(path)
     eventfd = machine.irqfds.open(0, 5)
     machine.resume(running=True, after_crash=True)
     with pytest.raises(OSError, match="KVM_IRQFD") as caught:
@@ -305,21 +300,31 @@ def test_the_next_vmm_listens_to_irqfds_that_the_last_one_had_released(tmp_socke
 def test_the_next_vmm_tells_the_keeper_what_the_last_one_could_not(tmp_socket_dir: Path) -> None:
     """It was killed after it had taken the guest, and before it told of its own --orphan-timeout."""
     path = tmp_socket_dir / "keeper.sock"
-    with listen(str(path), "keeper", socket.SOCK_SEQPACKET) as listener:
-        port = KeeperPort.start(listener)
-    fds = FdStore()
-    fds.deposit(port)
-    machine = one_machine(fds, port, Origin.NEW)
+    machine = first_machine(path)
     machine.start()
     machine.state.orphan_ms = 300
-    keeper = port.pid
+    keeper = machine.hypervisor.port.process
     close_machine(machine, for_good=False)
-    fds = FdStore()
-    machine = one_machine(fds, find_keeper(str(path), fds), Origin.ADOPTED)
+    machine = next_machine(path)
     machine.resume(running=True, after_crash=True)
     assert not ended(keeper)
     close_machine(machine, for_good=False)
     wait_for("the keeper's end", lambda: ended(keeper))
+
+
+def first_machine(path: Path) -> Machine:
+    """One in a keeper that is found at `path`."""
+    with listen(str(path), "keeper", socket.SOCK_SEQPACKET) as listener:
+        port = KeeperPort.start(listener)
+    fds = FdStore()
+    fds.deposit(port)
+    return one_machine(fds, port, Origin.NEW)
+
+
+def next_machine(path: Path) -> Machine:
+    """The same one, its VMM having been killed."""
+    fds = FdStore()
+    return one_machine(fds, find_keeper(str(path), fds), Origin.ADOPTED)
 
 
 def one_machine(fds: FdStore, port: Port, origin: Origin) -> Machine:

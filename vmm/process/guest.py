@@ -147,8 +147,11 @@ class Guest:
     def has_ended(self, within_s: float) -> bool:
         """Whether its VM's process has ended, or does in that time: a dying one closes its sockets first."""
         assert self.machine is not None
-        lifeline = self.machine.hypervisor.port.lifeline
-        return lifeline is not None and bool(select.select([lifeline], [], [], within_s)[0])
+        lifeline, end = self.machine.hypervisor.port.lifeline, select.poll()
+        if lifeline is None:
+            return False
+        end.register(lifeline, select.POLLIN)
+        return bool(end.poll(within_s * 1000))
 
     def _claim(self) -> None:
         if not self._claimed:

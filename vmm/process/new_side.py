@@ -191,7 +191,7 @@ class NewSide(Side):
             self._tell_keeper()
         name = self.guest.machine.config.name if self.guest.machine else None
         if name is not None and "name" not in self.options.given:
-            log.warning("the guest is named %r, this VMM is not: nobody finds it by --name %s", name, name)
+            log.warning("the guest is named %r; no verb finds it here, without --name %s", name, name)
         if self.migration.error is None:
             log.info("the guest runs here")
         else:

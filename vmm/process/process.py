@@ -135,7 +135,7 @@ class VmmProcess:
         self._shut_down(status, reason, guest=True)
 
     def _crashed(self, error: BaseException) -> None:
-        log.error("%s", error)
+        log.error("%s", str(error) or repr(error))
         self._settle(RunState.INTERNAL_ERROR)
         status = error.exit_code if isinstance(error, VmmError) else VmmError.exit_code
         self._shut_down(status, "guest-panic", guest=True)
